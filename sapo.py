@@ -57,8 +57,10 @@ def token_entropy(logits: Tensor) -> Tensor:
     >>> token_entropy(torch.tensor([[[0.0, 0.0], [0.0, -torch.inf]]]))     # a fair coin; a banned token
     tensor([[0.6931, 0.0000]])
     """
-    if logits.dim() != 3 or not logits.is_floating_point():
-        raise ValueError(f"logits has shape {tuple(logits.shape)}, {logits.dtype}: expected float (B, T, V)")
+    if logits.dim() != 3:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (B, T, V)")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits has dtype {logits.dtype}: expected floating point")
     return torch.cat([torch.special.entr(piece.float().softmax(-1)).sum(-1)  # Eq. 11: -sum_v p_v log p_v
                       for piece in logits.chunk(32, dim=1)], dim=1)         # (B, T); pieces save memory
 

@@ -252,10 +252,11 @@ def _judge_readings(problem, response, start, end):
             continue
         colour, number = found["colour"], int(found["number"])
         at = order.index(colour) if colour in order else -1
-        true = low <= at <= high and number == problem.cells[at].number
+        true = (placed := low <= at <= high) and number == problem.cells[at].number
         if true or colour not in stated:
             stated[colour] = number
-        judged.append(Statement("reading", a, b, true, bool(used & {colour, *order[low : high + 1]})))
+        about = {colour} if placed else {colour, *order[low : high + 1]}
+        judged.append(Statement("reading", a, b, true, bool(used & about)))
         low, high = at + 1 if true else low, max(high + (not true), at + 1)
     if high < len(order):  # a cell that was not read: false where the block ends
         judged.append(Statement("reading", end, end, False, bool(used & set(order) - set(stated))))
@@ -309,21 +310,21 @@ def faithful(problem, response):
 LOOK_ALIKE = {"1": "7", "7": "1", "3": "8", "8": "3", "5": "6", "6": "5", "4": "9", "9": "4"}
 
 
-def demonstration(problem, rng=None, misread=0.0, slip=0.0, drop_carry=0.0):
+def demonstration(problem, rng=None, misread=0.0, slip=0.0, habit=0.0):
     """A response by a sloppy teacher; without the rates, a faultless one.
 
-    rng: a random.Random (needed for rates above 0).  misread: the chance that a last digit is read as its look-alike.
-    drop_carry: the chance that a carry or a borrow is forgotten where there is one; above one half it is a
-    habit, which imitation turns into the greedy choice.  slip: the chance of some other wrong result.
+    rng: a random.Random (needed for rates above 0).  misread: the chance that a digit is read as its look-alike.
+    slip: the chance of a wrong result.  habit: the chance of the teacher's two habits, to read a 7 as a 1 and to forget
+    a carry or a borrow; above one half, imitation turns them into the greedy choice.
     What follows a slip is consistent with it.
     """
-    if max(misread, slip, drop_carry) > 0 and rng is None:
+    if max(misread, slip, habit) > 0 and rng is None:
         raise ValueError("rng=None: expected a random.Random where a rate is above 0")
     happens = lambda chance: chance > 0 and rng.random() < chance
     numbers = {}
     for cell in problem.cells:
         text = str(cell.number)
-        if text[-1] in LOOK_ALIKE and happens(misread):
+        if text[-1] in LOOK_ALIKE and happens(habit if text[-1] == "7" else misread):
             text = text[:-1] + LOOK_ALIKE[text[-1]]
         numbers[cell.colour] = int(text)
     colour = problem.question.split()[0]
@@ -332,7 +333,7 @@ def demonstration(problem, rng=None, misread=0.0, slip=0.0, drop_carry=0.0):
         right = numbers[step.colour]
         result = OPERATORS[step.operator](left, right)
         forgetful = without_carry(left, step.operator, right)
-        if forgetful != result and happens(drop_carry):
+        if forgetful != result and happens(habit):
             result = forgetful
         elif happens(slip):
             result += rng.choice([d for d in (-10, -2, -1, 1, 2, 10) if result + d >= 0] or [1])
@@ -344,15 +345,16 @@ def demonstration(problem, rng=None, misread=0.0, slip=0.0, drop_carry=0.0):
 
 
 def without_carry(left, operator, right):
-    """The result of who forgets the carry (or the borrow) out of the ones; equal to the result without one.
+    """The result of who forgets the carry into the tens of `left` (or the borrow from them); equal to the result where
+    there is none to forget.
 
-    >>> without_carry(27, "+", 5), without_carry(32, "-", 5), without_carry(7, "×", 8), without_carry(2, "+", 3)
-    (22, 37, 6, 5)
+    >>> without_carry(27, "+", 5), without_carry(32, "-", 5), without_carry(27, "×", 3), without_carry(8, "+", 5)
+    (22, 37, 61, 13)
     """
     result, ones = OPERATORS[operator](left, right), OPERATORS[operator](left % 10, right % 10)
-    if left < 0 or result < 0:
+    if left < 10 or result < 0:
         return result
-    return result - 10 * (ones // 10)  # ones // 10 is the carry: 1 for 7 + 5, -1 for 2 - 5, 5 for 7 × 8
+    return result - 10 * (ones // 10)  # ones // 10 is the carry: 1 for 7 + 5, -1 for 2 - 5, 2 for 7 × 3
 
 
 # ---------------------------------------------------------------- data sets
@@ -401,7 +403,7 @@ def _marked_lines(problem, response):
     """The response's statements as (text, true) lines."""
     lines = []
     for s in statements(problem, response):
-        text = response[s.start:s.end]
+        text = response[s.start:s.end].replace("×", "x")  # the font has no ×
         text = {"result": "   = " + text, "answer": "answer " + text}.get(s.kind, text or "(missing)")
         lines.append((text, s.true))
     return lines
@@ -412,7 +414,7 @@ def main():
     rng = random.Random(0)
     levels = [dict(operands=2), dict(), dict(operands=4, distractors=2), dict(operands=5, operators="+-×")]
     problems = [make_problem(i, **level) for i in (0, 1) for level in levels]
-    responses = [demonstration(p, rng, misread=0.1, slip=0.1, drop_carry=0.6) for p in problems]
+    responses = [demonstration(p, rng, misread=0.13, slip=0.1, habit=0.6) for p in problems]
     for problem, response in zip(problems[:3], responses):
         error = first_error(problem, response)
         print(f"question  {problem.question}   answer {problem.answer}\n{response}")

@@ -13,12 +13,12 @@ import argparse
 import copy
 import itertools
 import json
-import statistics
 import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import NamedTuple
 
 import datasets
@@ -40,7 +40,7 @@ PATCH = 16  # pixels blackened at a time in SRPO's corrupted image: one cell of 
 
 # ---------------------------------------------------------------------------------------------------- config
 
-ALGORITHMS = {  # group: responses per prompt. lam, clip: Table 7 and the official script. kl: in reward (k1) or loss (k3)
+ALGORITHMS = {  # group: responses per prompt; kl_coef: of k1 in the reward with a critic, else of k3 in the loss (Table 7)
     "sapo": dict(critic=True, group=1, lam=0.99, kl_coef=0.001),
     "ppo": dict(critic=True, group=1, lam=0.95, kl_coef=0.001),
     "vc-ppo": dict(critic=True, group=1, lam=0.99, lam_returns=1.0, kl_coef=0.001),
@@ -48,6 +48,9 @@ ALGORITHMS = {  # group: responses per prompt. lam, clip: Table 7 and the offici
     "gspo": dict(critic=False, group=8, kl_coef=0.0, clip_low=3e-4, clip_high=4e-4),  # clips: GSPO, arXiv 2507.18071
     "srpo": dict(critic=False, group=8, kl_coef=0.01),
 }
+
+
+SEGMENTS = ["entropy", "newline", "step", "probability"]
 
 
 def option(default, text, **more):
@@ -75,12 +78,12 @@ class Config:
     kl_coef: float = option(None, "KL penalty to the start (paper: 0.001 in the reward, GRPO 0.01 in the loss)")
     clip_low: float = option(None, "clip below 1 (0.2; paper: epsilon)")
     clip_high: float = option(None, "clip above 1 (0.2; official script: 0.28)")
-    segments: str = option("entropy", "where SAPO's segments end", choices=["entropy", "newline", "step", "probability"])
+    segments: str = option("entropy", "where SAPO's segments end (Table 3)", choices=SEGMENTS)
     top_percent: float = option(30.0, "share of tokens that end a segment, in percent (paper: 30)")
     ratio: str = option("segment", "SAPO's importance ratio", choices=["segment", "token"])
-    value_at: str = option("start", "where SAPO reads V: the paper's s_m, or the official code's", choices=["start", "last"])
+    value_at: str = option("start", "where SAPO reads V: paper, or official code", choices=["start", "last"])
     whiten: bool = option(False, "whiten the critic methods' advantages (official code)")
-    contrast: str = option("blank", "SRPO's reasoning score: perception blanked, or image hidden", choices=["blank", "blind"])
+    contrast: str = option("blank", "SRPO's reasoning: perception blanked, or image hidden", choices=["blank", "blind"])
     corruption: str = option("patches", "SRPO's corrupted image", choices=["patches", "noise", "blur", "blank"])
     sign_aware: bool = option(False, "SRPO: turn the weights around where the advantage is negative")
     operands: int = option(3, "toy world: numbers in a question, 2 to 8")
@@ -88,12 +91,12 @@ class Config:
     operators: str = option("+-", "toy world: any of +-×")
     max_tokens: int = option(None, "longest response (default: by the number of operands)")
     model: str = option(str(HERE / "tiny_vlm"), "a folder or hub name for from_pretrained")
-    dataset: str = option(None, "train on load_dataset(NAME) with image, question, answer columns, not on the toy world")
+    dataset: str = option(None, "a folder or hub name for load_dataset, with image, question and answer columns")
     eval_every: int = option(15, "iterations between evaluations")
     eval_problems: int = option(256, "held-out problems per evaluation")
     device: str = option(None, "cuda, mps or cpu (default: the first there is)")
     out: str = option(None, "folder of metrics and curves (default: runs/ALGO-SEED)")
-    save: bool = option(False, "save the trained model in OUT/model")
+    save: bool = option(False, "save the trained model in OUT/model, and its critic in OUT/critic.pt")
     bench: bool = option(False, "time the phases of an iteration, and train nothing")
 
     @property
@@ -113,12 +116,12 @@ def complete(config):
     defaults |= dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
     defaults |= {k: v for k, v in ALGORITHMS[config.algo].items() if k not in ("critic", "group")}
     config = replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+    for name in ("iterations", "responses", "mini_batches", "epochs", "eval_every", "eval_problems", "temperature"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name}={getattr(config, name)}: expected a number above 0")
     if config.responses % (config.group * config.mini_batches):
         raise ValueError(f"responses={config.responses}: expected a multiple of {config.mini_batches} mini-batches × "
                          f"{config.group} responses per prompt")
-    for name in ("iterations", "responses", "mini_batches", "epochs", "eval_every", "eval_problems", "temperature", "lr"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name}={getattr(config, name)}: expected a number above 0")
     toy_env.make_problem(0, **difficulty(config))  # raises for a difficulty that cannot be drawn
     return config
 
@@ -334,7 +337,9 @@ def assign_credit(config, policy, processor, roll, scored, rewards):
         return Credit(ratio_ends, advantages, returns, value_mask)
 
     advantages = srpo.group_advantages(rewards, config.group)  # GRPO, GSPO, SRPO: (B,)
-    weights = role_weights(config, policy, processor, roll, scored, advantages) if config.algo == "srpo" else mask.float()
+    weights = mask.float()
+    if config.algo == "srpo":
+        weights = role_weights(config, policy, processor, roll, scored, advantages)
     ends = sapo.ends_once(mask) if config.algo == "gspo" else sapo.ends_every_token(mask)
     return Credit(ends, srpo.srpo_advantages(advantages, weights))
 
@@ -343,7 +348,9 @@ def assign_credit(config, policy, processor, roll, scored, rewards):
 def role_weights(config, policy, processor, roll, scored, advantages):
     """SRPO's weights (B, T): the policy scores its tokens again, without the image and without the perception."""
     ids, mask = roll.ids, roll.mask
-    images = [srpo.corrupt_image(p.image, config.corruption, patch=PATCH, seed=i) for i, p in enumerate(roll.problems)]
+    seed = int(torch.randint(2**31, ()))  # other patches in each iteration
+    images = [srpo.corrupt_image(p.image, config.corruption, patch=PATCH, seed=seed + i)
+              for i, p in enumerate(roll.problems)]
     corrupted = encode(processor, images, [p.question for p in roll.problems], ids.device)
     perception, reasoning = srpo.split_roles(roll.pieces, mask)
     blanked = srpo.blank_perception(ids, perception, processor.tokenizer.pad_token_id)
@@ -429,7 +436,7 @@ def blame(problem, response, pieces, advantages):
 
     guilty = mean_advantage(false[0])
     others = [mean_advantage(s) for s in statements if s.true and s.start < s.end]
-    return mean((a > guilty) + (a == guilty) / 2 for a in others) if others else None
+    return fmean((a > guilty) + (a == guilty) / 2 for a in others) if others else None
 
 
 def blame_auroc(roll, advantages):
@@ -439,7 +446,7 @@ def blame_auroc(roll, advantages):
         for p, text, pieces, a in zip(roll.problems, roll.texts, roll.pieces, advantages.tolist())
     ]
     per_response = [x for x in per_response if x is not None]
-    return mean(per_response) if per_response else float("nan")
+    return fmean(per_response) if per_response else float("nan")
 
 
 def evaluate(config, policy, processor, problems):
@@ -453,20 +460,17 @@ def evaluate(config, policy, processor, problems):
             roll = rollout(policy, processor, problems, config.max_tokens, **mode)
             result[f"accuracy_{name}"] = float(roll.rewards().mean())
     if problems[0].cells:
-        result["faithful_sampled"] = mean(toy_env.faithful(p, t) for p, t in zip(problems, roll.texts))
+        result["faithful_sampled"] = fmean(toy_env.faithful(p, t) for p, t in zip(problems, roll.texts))
     return result, roll
-
-
-def mean(values):
-    return statistics.fmean(values)
 
 
 # --------------------------------------------------------------------------------------------------------- train
 
 
 def train(config, on_iteration=None):
-    """Train and write OUT/metrics.jsonl. Returns the policy, its processor, the metrics (a list of dicts, one per
-    iteration, the first before any update) and the T = 1 evaluation rollouts before and after."""
+    """Train and write OUT/metrics.jsonl. Returns policy, processor, critic, the metrics (a list of dicts, one per
+    iteration, the first before any update) and the T = 1 evaluation rollouts before and after. `on_iteration(i, policy,
+    critic, roll, scored, credit)`, called after each update, may return more metrics."""
     config = complete(config)
     torch.manual_seed(config.seed)
     out = Path(config.out)
@@ -489,20 +493,20 @@ def train(config, on_iteration=None):
             rewards = roll.rewards()
             credit = assign_credit(config, policy, processor, roll, scored, rewards)
             info = update(config, policy, critic, optimizers, roll, scored, credit, learn_policy=i > warmup)
-            row = dict(iteration=i, responses=i * config.responses, seconds=round(time.time() - start, 2),
-                       **describe(roll, scored, credit, rewards), **info)
+            row = dict(iteration=i, responses=i * config.responses, seconds=round(time.time() - start, 2))
+            row |= describe(roll, scored, credit, rewards) | info
             if i % config.eval_every == 0 or i == config.iterations:
                 evaluation, after = evaluate(config, policy, processor, held_out)
                 row |= evaluation
+            if on_iteration:
+                row |= on_iteration(i, policy, critic, roll, scored, credit) or {}
             row = {k: None if v != v else v for k, v in row.items()}  # nan is no JSON
             history.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
             bar.update()
             bar.set_postfix(reward=f"{row['reward']:.2f}")
-            if on_iteration:
-                on_iteration(i, policy, critic)
-    return policy, processor, history, (before, after)
+    return policy, processor, critic, history, (before, after)
 
 
 def take_prompts(config, stream):
@@ -517,16 +521,16 @@ def decay(step, steps):
 
 def describe(roll, scored, credit, rewards):
     """The metrics of an iteration that do not come from the update."""
-    mask = roll.mask
+    mask, borders = roll.mask, credit.ends if scored.values is None else credit.value_mask
     row = dict(
         reward=float(rewards.mean()),
         entropy=float(scored.entropy[mask].mean()),
         response_length=float(mask.sum(1).float().mean()),
         truncated=float(roll.truncated.float().mean()),
-        segments_per_response=float((credit.ends if scored.values is None else credit.value_mask).sum(1).float().mean()),
+        segments_per_response=float(borders.sum(1).float().mean()),
     )
     if roll.problems[0].cells:
-        row["faithful"] = mean(toy_env.faithful(p, t) for p, t in zip(roll.problems, roll.texts))
+        row["faithful"] = fmean(toy_env.faithful(p, t) for p, t in zip(roll.problems, roll.texts))
         row["blame_auroc"] = blame_auroc(roll, credit.advantages)
     if scored.ref_log_probs is not None:  # k1 estimate of KL(policy || reference), nats per token
         row["kl"] = float((scored.log_probs - scored.ref_log_probs)[mask].mean())
@@ -580,9 +584,10 @@ def summary(config, history):
         third, rewards = config.iterations / 3, [row.get("reward", 0.0) for row in history]
         passed = next((i for i, r in enumerate(rewards) if r > 0.85), len(rewards))
         window = history[min(round(third), passed - 1) : passed]
+        when = f"iterations {window[0]['iteration']} to {window[-1]['iteration']}"
         for name in ("explained_variance_last", "explained_variance", "blame_auroc"):
             values = [row[name] for row in window if row.get(name) is not None]
-            rows[f"{name}, iterations {window[0]['iteration']}-{window[-1]['iteration']}"] = (None, mean(values or [float("nan")]))
+            rows[f"{name}, {when}"] = (None, fmean(values or [float("nan")]))
     return rows
 
 
@@ -611,7 +616,7 @@ def report(config, history, before, after):
 
 
 def bench(config, repeats=5):
-    """Time the phases of an iteration, and the bare generate, forward and backward of the same model on the same tokens.
+    """Time the phases of an iteration, beside the bare generate, forward and backward of the same model on as many tokens.
     Prints medians over `repeats`, throughput and peak memory; returns the seconds by phase."""
     config = complete(config)
     torch.manual_seed(config.seed)
@@ -627,60 +632,57 @@ def bench(config, repeats=5):
         times[name].append(time.perf_counter() - start)
         return result
 
-    def losses(scored, credit, mask):
-        """The losses alone, and their gradients at the log-probabilities and values."""
-        scored = Scored(*(x if x is None else x.clone().requires_grad_() for x in scored))
-        loss, _ = policy_objective(config, scored.log_probs, Scored(*(x if x is None else x.detach() for x in scored)), credit, mask)
-        loss.backward()
+    def algorithm(roll, scored, rewards):
+        """All that the algorithm adds to model and optimizer: credit, losses, and their gradients."""
+        credit = assign_credit(config, policy, processor, roll, scored, rewards)
+        log_probs = scored.log_probs.clone().requires_grad_()
+        policy_objective(config, log_probs, scored, credit, roll.mask)[0].backward()
         if critic:
-            sapo.value_loss(scored.values, credit.returns, credit.value_mask).backward()
+            values = scored.values.clone().requires_grad_()
+            sapo.value_loss(values, credit.returns, credit.value_mask).backward()
+        return credit
 
     for _ in range(repeats + 1):
-        prompts = take_prompts(config, stream)
-        roll = timed("sampling", rollout, policy, processor, prompts, config.max_tokens, config.temperature)
-        whole, T = full_inputs(roll.inputs, roll.ids, roll.mask), roll.ids.shape[1]
-        settings = dict(do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, suppress_tokens=banned_ids(policy))
-        timed("bare generate", policy.generate, **roll.inputs, **settings)
-        timed("scoring: policy", score_all, config, policy, None, None, roll)
-        with torch.no_grad():
-            if reference:
-                timed("scoring: reference", score, reference, roll.inputs, roll.ids, roll.mask)
-            if critic:
-                timed("scoring: critic", critic, T, **whole)
-            timed("bare forward", policy, **whole, logits_to_keep=T + 1)
-        scored = score_all(config, policy, reference, critic, roll)
+        roll = timed("sampling", rollout, policy, processor, take_prompts(config, stream), config.max_tokens)
         rewards = timed("rewards", roll.rewards)
-        credit = timed("credit", assign_credit, config, policy, processor, roll, scored, rewards)
-        timed("losses", losses, scored, credit, roll.mask)
+        timed("scoring", score_all, config, policy, reference, None, roll)
+        whole, T = full_inputs(roll.inputs, roll.ids, roll.mask), roll.ids.shape[1]
+        with torch.no_grad():
+            timed("critic", critic, T, **whole) if critic else None
+        scored = score_all(config, policy, reference, critic, roll)
+        credit = timed("algorithm", algorithm, roll, scored, rewards)
         timed("update", update, config, policy, critic, optimizers, roll, scored, credit)
-        timed("bare forward and backward", lambda: policy(**whole, logits_to_keep=T + 1).logits.sum().backward())
+        settings = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T, suppress_tokens=banned_ids(policy))
+        timed("bare generate", policy.generate, **roll.inputs, **settings)
+        with torch.no_grad():
+            timed("bare forward", policy, **whole, logits_to_keep=T + 1)
+        timed("bare forward + backward", lambda: policy(**whole, logits_to_keep=T + 1).logits.sum().backward())
         policy.zero_grad()
         tokens += int(roll.mask.sum()) / (repeats + 1)
-    seconds = {name: statistics.median(x[1:]) for name, x in times.items()}  # the first one warms up
-    print_bench(config, seconds, tokens)
+
+    seconds = {name: median(x[1:]) for name, x in times.items()}  # the first one warms up
+    compare = {"sampling": ("bare generate", 1), "scoring": ("bare forward", 1 + bool(reference)),
+               "critic": ("bare forward", 1), "update": ("bare forward + backward", 1 + bool(critic))}
+    iteration = sum(s for name, s in seconds.items() if not name.startswith("bare"))
+    print(f"{config.algo}, {config.responses} responses, {config.device}, {torch.get_num_threads()} threads")
+    for name, s in seconds.items():
+        line = f"{name:24}{1000 * s:9.1f} ms" + ("" if name.startswith("bare") else f"{100 * s / iteration:7.1f} %")
+        if name in compare:
+            bare, models = compare[name]
+            line += f"{s / models / seconds[bare]:7.2f} × {bare}" + (f", for each of {models} models" * (models > 1))
+        print(line)
+    memory = f", peak memory {peak_memory(config.device):.2f} GiB"
+    print(f"{config.responses / iteration:.0f} responses/s, {tokens / iteration:.0f} tokens/s{memory}")
     return seconds
 
 
-def print_bench(config, seconds, tokens):
-    """Losses are a part of the update; with credit they are all that the algorithm adds to model and optimizer."""
-    models = 2 if config.critic else 1
-    yardstick = {"sampling": "bare generate", "update": "bare forward and backward"}
-    iteration = sum(s for name, s in seconds.items() if not name.startswith("bare") and name != "losses")
-    print(f"{config.algo}, {config.responses} responses, {config.device}, {torch.get_num_threads()} threads")
-    for name, s in seconds.items():
-        line = f"{name:28}{1000 * s:9.1f} ms"
-        if not name.startswith("bare"):
-            bare = yardstick.get(name, "bare forward" if name.startswith("scoring") else None)
-            ratio = f"   {s / seconds[bare] / (models if name == 'update' else 1):5.2f} × {bare}" if bare else ""
-            line += f"{100 * s / iteration:7.1f} % of an iteration{ratio}"
-        print(line + (", for each of two models" if name == "update" and models == 2 else ""))
-    if config.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        import resource  # not on Windows
+def peak_memory(device):
+    """GiB: of the GPU, else of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    print(f"{config.responses / iteration:.0f} responses/s, {tokens / iteration:.0f} tokens/s, peak memory {peak:.2f} GiB")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # ---------------------------------------------------------------------------------------------------------- main
@@ -688,7 +690,8 @@ def print_bench(config, seconds, tokens):
 
 def parse_arguments(arguments=None):
     """The command line: one flag for each field of Config."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     for f in fields(Config):
         more = dict(f.metadata, default=f.default)
         more |= dict(action="store_true") if f.type is bool else dict(type=f.type)
@@ -706,12 +709,14 @@ def main():
         bench(config)
         return
     start, out = time.time(), Path(config.out)
-    policy, processor, history, (before, after) = train(config)
+    policy, processor, critic, history, (before, after) = train(config)
     plot(history, out / "curves.png", f"{config.algo}, seed {config.seed}, {config.operands} operands")
     report(config, history, before, after)
     if config.save:
         policy.save_pretrained(out / "model")
         processor.save_pretrained(out / "model")
+        if critic:
+            torch.save(critic.state_dict(), out / "critic.pt")
     print(f"\n{time.time() - start:.0f} s on {config.device}. Metrics, curves and config: {out}/")
 
 

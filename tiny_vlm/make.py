@@ -29,7 +29,7 @@ from tqdm import trange
 import toy_env
 import train_small
 
-TEACHER = dict(misread=0.1, slip=0.05, drop_carry=0.6)
+TEACHER = dict(misread=0.13, slip=0.1, habit=0.6)
 GRID, CELL = 3, 16  # one image token per cell: the patch size is the cell size
 PIECES = r" ?[-+×=,?] ?|[a-z]+ ?|[0-9]| ?</?[a-z]+> ?|\n"  # reversible: the spaces belong to the tokens
 TEMPLATE = (
@@ -243,7 +243,7 @@ def write_card(out, policy, processor, n=512, **facts):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write")
-    parser.add_argument("--steps", type=int, default=5000, help="steps of imitation, 64 demonstrations each")
+    parser.add_argument("--steps", type=int, default=3600, help="steps of imitation, 64 demonstrations each")
     parser.add_argument("--vision-steps", type=int, default=1000, help="steps of vision pretraining, 64 images each")
     parser.add_argument("--truth", type=float, default=1.0, help="weight of the auxiliary head; 0: no features for a critic")
     parser.add_argument("--card-problems", type=int, default=512, help="held-out problems per row of the card")
