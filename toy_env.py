@@ -313,9 +313,9 @@ LOOK_ALIKE = {"1": "7", "7": "1", "3": "8", "8": "3", "5": "6", "6": "5", "4": "
 def demonstration(problem, rng=None, misread=0.0, slip=0.0, habit=0.0):
     """A response by a sloppy teacher; without the rates, a faultless one.
 
-    rng: a random.Random (needed for rates above 0).  misread: the chance that a digit is read as its look-alike.
-    slip: the chance of a wrong result.  habit: the chance of the teacher's two habits, to read a 7 as a 1 and to forget
-    a carry or a borrow; above one half, imitation turns them into the greedy choice.
+    rng: a random.Random (needed for rates above 0).  misread: the chance that a number's last digit is read as its
+    look-alike.  slip: the chance of a wrong result.  habit: the chance of the teacher's two habits, to read a 7 as a 1
+    and to forget a carry or a borrow; above one half, imitation turns them into the greedy choice.
     What follows a slip is consistent with it.
     """
     if max(misread, slip, habit) > 0 and rng is None:
@@ -411,7 +411,7 @@ def _marked_lines(problem, response):
 
 def main():
     out = sys.argv[1] if len(sys.argv) > 1 else "toy_env.png"
-    rng = random.Random(0)
+    rng = random.Random(1)
     levels = [dict(operands=2), dict(), dict(operands=4, distractors=2), dict(operands=5, operators="+-×")]
     problems = [make_problem(i, **level) for i in (0, 1) for level in levels]
     responses = [demonstration(p, rng, misread=0.13, slip=0.1, habit=0.6) for p in problems]

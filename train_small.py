@@ -40,7 +40,7 @@ PATCH = 16  # pixels blackened at a time in SRPO's corrupted image: one cell of 
 
 # ---------------------------------------------------------------------------------------------------- config
 
-ALGORITHMS = {  # group: responses per prompt; kl_coef: of k1 in the reward with a critic, else of k3 in the loss (Table 7)
+ALGORITHMS = {  # group: responses per prompt; kl_coef (Table 7): of k1 in the reward with a critic, else of k3 in the loss
     "sapo": dict(critic=True, group=1, lam=0.99, kl_coef=0.001),
     "ppo": dict(critic=True, group=1, lam=0.95, kl_coef=0.001),
     "vc-ppo": dict(critic=True, group=1, lam=0.99, lam_returns=1.0, kl_coef=0.001),
@@ -616,7 +616,7 @@ def report(config, history, before, after):
 
 
 def bench(config, repeats=5):
-    """Time the phases of an iteration, beside the bare generate, forward and backward of the same model on as many tokens.
+    """Time the phases of an iteration, and the bare generate, forward and backward of the model on as many tokens.
     Prints medians over `repeats`, throughput and peak memory; returns the seconds by phase."""
     config = complete(config)
     torch.manual_seed(config.seed)
