@@ -243,7 +243,7 @@ def segment_ratio(log_probs: Tensor, old_log_probs: Tensor, ends: Tensor, mask: 
     """Importance ratio of a segment: the geometric mean of its token ratios. Eq. 8 (arXiv 2605.01327).
 
     log_probs (B, T), differentiable; old_log_probs (B, T), constant. -> (B, T), constant over a segment, 1 on
-    padding. The mean log-ratio is clamped to +-20.
+    padding. The mean log-ratio is clamped to +-20. Its distance to the product of the ratios: Eq. 21, 26.
 
     >>> log_probs = torch.tensor([[1.0, 4.0, 2.0]]).log()
     >>> segment_ratio(log_probs, torch.zeros(1, 3), torch.tensor([[False, True, True]]), torch.ones(1, 3))
@@ -261,8 +261,8 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, en
     """PPO's clipped objective with the segment ratio, negated. Eq. 9 (arXiv 2605.01327).
 
     log_probs (B, T), differentiable; old_log_probs, advantages (B, T), constant; the ratio is kept in
-    [1 - clip_low, 1 + clip_high]. For the token-level ratio (the ablation of Table 2), pass
-    ends_every_token(mask) here, with advantages that came from segment ends.
+    [1 - clip_low, 1 + clip_high]. The gradient where no clip binds: Eq. 13. For the token-level ratio (the
+    ablation of Table 2), pass ends_every_token(mask) here, with advantages that came from segment ends.
     -> loss (): mean over the tokens of a response, then over responses; and metrics, detached, shape (),
     means taken likewise: clip_fraction (tokens without gradient), kl_k1 and kl_k3 (KL(old || new) in nats a
     token), max_ratio_deviation and mean_ratio_deviation (|ratio - 1|). All are 0 before the first update.

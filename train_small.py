@@ -40,8 +40,9 @@ PATCH = 16  # pixels blackened at a time in SRPO's corrupted image: one cell of 
 
 # ---------------------------------------------------------------------------------------------------- config
 
-ALGORITHMS = {  # group: responses per prompt; kl_coef (Table 7): of k1 in the reward with a critic, else of k3 in the loss
-    "sapo": dict(critic=True, group=1, lam=0.99, kl_coef=0.001),
+# group: responses per prompt. kl_coef (Table 7): of k1 in the reward, or, without a critic, of k3 in the loss.
+ALGORITHMS = {
+    "sapo": dict(critic=True, group=1, lam=0.9, kl_coef=0.001),
     "ppo": dict(critic=True, group=1, lam=0.95, kl_coef=0.001),
     "vc-ppo": dict(critic=True, group=1, lam=0.99, lam_returns=1.0, kl_coef=0.001),
     "grpo": dict(critic=False, group=8, kl_coef=0.01),
@@ -63,17 +64,18 @@ class Config:
 
     algo: str = option("sapo", "the algorithm", choices=list(ALGORITHMS))
     seed: int = option(0, "seed of sampling, problems and mini-batches")
-    iterations: int = option(90, "iterations; each samples, scores and updates (paper: 200)")
+    iterations: int = option(80, "iterations; each samples, scores and updates (paper: 200)")
     responses: int = option(128, "responses per iteration (paper: 512)")
     mini_batches: int = option(4, "updates per epoch over the responses of an iteration (paper: 4)")
     epochs: int = option(1, "passes over the responses of an iteration (paper: 1)")
     micro_batch: int = option(0, "responses per forward pass, to save memory; 0: a whole mini-batch")
     critic_warmup: int = option(20, "first iterations, in which only a critic learns (ours, after VC-PPO)")
-    lr: float = option(1.5e-4, "policy's learning rate, decaying to 0 (ours; paper: 1e-6 for 3B and 7B)")
-    critic_lr: float = option(3e-4, "critic's learning rate (ours: twice the policy's, as in the paper)")
+    lr: float = option(8e-5, "policy's learning rate, decaying to 0 (ours; paper: 1e-6 for 3B and 7B)")
+    critic_lr: float = option(5e-5, "learning rate of the critic's pretrained part (ours; paper: 2e-6)")
+    head_lr: float = option(2e-3, "learning rate of the critic's value head, which starts at 0 (ours; paper: as above)")
     temperature: float = option(1.0, "sampling temperature, also applied in scoring")
     gamma: float = option(1.0, "discount per segment (paper)")
-    lam: float = option(None, "lambda of GAE (paper: SAPO 0.99, PPO 0.95)")
+    lam: float = option(None, "lambda of GAE (paper: SAPO 0.99, PPO 0.95; ours for SAPO: 0.9, see the README)")
     lam_returns: float = option(None, "lambda of the critic's returns, if another (VC-PPO: 1)")
     kl_coef: float = option(None, "KL penalty to the start (paper: 0.001 in the reward, GRPO 0.01 in the loss)")
     clip_low: float = option(None, "clip below 1 (0.2; paper: epsilon)")
@@ -86,8 +88,8 @@ class Config:
     contrast: str = option("blank", "SRPO's reasoning: perception blanked, or image hidden", choices=["blank", "blind"])
     corruption: str = option("patches", "SRPO's corrupted image", choices=["patches", "noise", "blur", "blank"])
     sign_aware: bool = option(False, "SRPO: turn the weights around where the advantage is negative")
-    operands: int = option(3, "toy world: numbers in a question, 2 to 8")
-    distractors: int = option(1, "toy world: cells that the question does not use")
+    operands: int = option(4, "toy world: numbers in a question, 2 to 8")
+    distractors: int = option(0, "toy world: cells that the question does not use")
     operators: str = option("+-", "toy world: any of +-×")
     max_tokens: int = option(None, "longest response (default: by the number of operands)")
     model: str = option(str(HERE / "tiny_vlm"), "a folder or hub name for from_pretrained")
@@ -139,6 +141,9 @@ def load(config):
     policy = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
     policy = policy.to(config.device).eval()  # eval: no dropout, or the first ratio is not 1
     processor.tokenizer.padding_side = "left"
+    own = policy.generation_config  # only its ids: a cut-off or penalty in sampling that scoring lacks biases the ratio
+    ids = dict(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    policy.generation_config = transformers.GenerationConfig(**ids)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef > 0 else None
     critic = None
     if config.critic:  # its own copy of the pretrained backbone, and a value head that starts at 0
@@ -225,9 +230,9 @@ def rollout(policy, processor, problems, max_tokens, temperature=1.0, top_p=1.0,
     eos = torch.tensor(known.eos_token_id or tokenizer.eos_token_id, device=policy.device).flatten()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(eos[0])
     sampling = {} if greedy else dict(temperature=temperature, top_p=top_p, top_k=0)
-    settings = transformers.GenerationConfig(  # all spelled out: a real model's own defaults would bias the ratio
-        do_sample=not greedy, max_new_tokens=max_tokens, repetition_penalty=1.0, eos_token_id=eos.tolist(),
-        pad_token_id=pad, suppress_tokens=banned_ids(policy) or None, **sampling,
+    settings = transformers.GenerationConfig(
+        do_sample=not greedy, max_new_tokens=max_tokens, eos_token_id=eos.tolist(), pad_token_id=pad,
+        suppress_tokens=banned_ids(policy) or None, **sampling,
     )
     ids = policy.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1]:]  # (B, T)
     is_eos = torch.isin(ids, eos)
@@ -245,9 +250,8 @@ def rollout(policy, processor, problems, max_tokens, temperature=1.0, top_p=1.0,
 
 def full_inputs(inputs, ids, mask):
     """Inputs for prompt and response together; what else is per token (type ids) is 0 on the response."""
-    L = inputs["input_ids"].shape[1]
     tails = defaultdict(lambda: torch.zeros_like(ids), input_ids=ids, attention_mask=mask.long())
-    per_token = {k for k, x in inputs.items() if x.dim() == 2 and x.shape[1] == L}
+    per_token = {k for k, x in inputs.items() if x.shape == inputs["input_ids"].shape}
     return {k: torch.cat([x, tails[k].to(x)], 1) if k in per_token else x for k, x in inputs.items()}
 
 
@@ -415,6 +419,8 @@ def update(config, policy, critic, optimizers, roll, scored, credit, learn_polic
 def explained_variance(values, rewards, value_mask):
     """1 - Var(R - V) / Var(R) of the critic against the outcome R: over all boundaries, and over last boundaries only.
     1 is perfect, 0 no better than a constant; nan when all outcomes are the same."""
+    if rewards.min() == rewards.max():
+        return float("nan"), float("nan")
     outcome = rewards[:, None].expand_as(values)
     last = value_mask & (value_mask.flip(1).cumsum(1).flip(1) == 1)
     return tuple(float(1 - (outcome - values)[m].var() / outcome[m].var()) for m in (value_mask, last))
@@ -479,7 +485,9 @@ def train(config, on_iteration=None):
     policy, processor, critic, reference = load(config)
     optimizers = [(policy, torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0))]
     if critic:
-        optimizers.append((critic, torch.optim.AdamW(critic.parameters(), lr=config.critic_lr, weight_decay=0.0)))
+        groups = [dict(params=critic.backbone.parameters(), lr=config.critic_lr),
+                  dict(params=critic.head.parameters(), lr=config.head_lr)]
+        optimizers.append((critic, torch.optim.AdamW(groups, weight_decay=0.0)))
     stream, held_out = problem_stream(config), eval_problems(config)
     evaluation, before = evaluate(config, policy, processor, held_out)
     history, after = [dict(iteration=0, responses=0, seconds=0.0, **evaluation)], before
@@ -605,7 +613,7 @@ def report(config, history, before, after):
     print(f"\n{'':55}{'before':>8}{'after':>8}")
     for name, pair in summary(config, history).items():
         print(f"{name:55}" + "".join(f"{'' if x is None else format(x, '.3f'):>8}" for x in pair))
-    for i in range(3):
+    for i in range(min(3, len(before.problems))):
         print(f"\n{before.problems[i].question}   answer {before.problems[i].answer}")
         for name, roll in (("before", before), ("after", after)):
             lines = marked(roll.problems[i], roll.texts[i], sys.stdout.isatty()).replace("\n", "\n" + 9 * " ")

@@ -6,7 +6,7 @@
     python -m results.study readme                 the README's section, from the CSVs
 
 A run is one training with train_small.py's own functions; its metrics stay in results/runs/, and studies that ask for
-the same run share it. Intervals are 95 %, bootstrapped over seeds. Read in this order: STUDIES → run → tables → pictures.
+the same run share it. Intervals are 95 %, bootstrapped over seeds. Read in order: STUDIES, runs, tables, pictures.
 """
 
 import argparse
@@ -32,14 +32,15 @@ HERE = Path(__file__).parent
 ALGORITHMS = ["grpo", "gspo", "ppo", "vc-ppo", "sapo", "srpo"]
 STUDIES = {  # name → (what it asks, {label: options of train_small.py}, seeds)
     "table1": ("SAPO Table 1: six methods at equal numbers of responses", {a: dict(algo=a) for a in ALGORITHMS}, 5),
-    "table2": ("SAPO Table 2: importance ratio per token or per segment, with updates made off-policy (3 epochs, 8 mini-batches)",
+    "table2": ("SAPO Table 2: ratio per token or per segment, updates made off-policy (3 epochs, 8 mini-batches)",
                {r: dict(algo="sapo", ratio=r, epochs=3, mini_batches=8) for r in ("token", "segment")}, 5),
     "table3": ("SAPO Table 3: where segments end",
                {s: dict(algo="sapo", segments=s) for s in ("newline", "step", "probability", "entropy")}, 5),
     "figure5": ("SAPO Fig. 5: the share of tokens that end a segment",
                 {f"{k} %": dict(algo="sapo", top_percent=float(k)) for k in (5, 10, 20, 30, 50, 100)}, 5),
     "horizon": ("Longer chains: does the gain grow with the horizon?",
-                {f"{a}, {n} operands": dict(algo=a, operands=n) for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")}, 3),
+                {f"{a}, {n} operands": dict(algo=a, operands=n)
+                 for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")}, 3),
     "critic": ("What the critic needs: where V is read, and lambda",
                {"start": dict(algo="sapo"), "last": dict(algo="sapo", value_at="last")}
                | {f"lambda {x}": dict(algo="sapo", lam=x) for x in (0.9, 0.95, 1.0)}, 3),
@@ -75,11 +76,12 @@ def run(options):
         config = train_small.complete(train_small.Config(**options, out=out))
         *_, history, _ = train_small.train(config)
     final = {k: v for k, v in history[-1].items() if k.startswith(("accuracy", "faithful_"))}
-    critic = {k.split(",")[0]: after for k, (before, after) in train_small.summary(config, history).items() if before is None}
+    closing = train_small.summary(config, history)
+    critic = {name.split(",")[0]: after for name, (before, after) in closing.items() if before is None}
     reached = (r["responses"] for r in history if r.get("accuracy_sampled", 0) >= 0.8)
     row = final | critic | dict(
-        responses_to_80=next(reached, None), command=command(options), seed=options["seed"], seconds=round(time.time() - start),
-        torch=torch.__version__, transformers=transformers.__version__,
+        responses_to_80=next(reached, None), command=command(options), seed=options["seed"],
+        seconds=round(time.time() - start), torch=torch.__version__, transformers=transformers.__version__,
     )
     history = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in history]
     path.parent.mkdir(exist_ok=True)
@@ -93,7 +95,8 @@ def study(name, workers, seeds=None):
     jobs = [dict(options, seed=seed) for seed in range(seeds or default) for options in methods.values()]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         results = dict(zip(map(command, jobs), pool.imap(run, jobs, chunksize=1)))
-    groups = {label: [results[command(dict(options, seed=s))] for s in range(seeds or default)] for label, options in methods.items()}
+    groups = {label: [results[command(dict(options, seed=seed))] for seed in range(seeds or default)]
+              for label, options in methods.items()}
     with open(HERE / f"{name}.csv", "w", newline="") as file:
         names = ["label", *COLUMNS, "seed", "seconds", "command", "torch", "transformers"]
         writer = csv.DictWriter(file, names, extrasaction="ignore")
@@ -208,36 +211,35 @@ def one_slip(roll, rewards):
     for i, (problem, text) in enumerate(zip(roll.problems, roll.texts)):
         false = toy_env.false_statements(problem, text)
         mixed = 0 < rewards[i // 8 * 8 : i // 8 * 8 + 8].sum() < 8
-        if rewards[i] == 0 and mixed and len(false) == 1 and false[0].kind == "result" and false[0].end < 0.7 * len(text):
+        early = len(false) == 1 and false[0].kind == "result" and false[0].end < 0.7 * len(text)
+        if rewards[i] == 0 and mixed and early:
             return i, false[0]
     raise SystemExit("no wrong response with a single early slip: try a run with a longer chain or fewer iterations")
 
 
 def draw_credit(roll, chosen, slip, rows, ends, path):
     plt = pyplot()
-    pieces = roll.pieces[chosen]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(15, 1.0 * len(rows) + 1.0), layout="constrained")
+    pieces, problem = roll.pieces[chosen], roll.problems[chosen]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(15, 1.0 * len(rows) + 0.6), layout="constrained")
     for axis, (name, advantages) in zip(axes, rows.items()):
-        scale, x = float(advantages.abs().max()), 0
-        for t, piece in enumerate(pieces):
-            shown = piece.replace("\n", "↵")
-            width = max(1.0, len(shown))
-            level = float(advantages[t]) / scale
-            axis.barh(0, width, left=x, height=1, color=plt.get_cmap("RdBu")(0.5 + 0.45 * level))
-            end = sum(map(len, pieces[: t + 1]))
-            guilty = slip.start < end and end - len(piece) < slip.end
-            axis.text(x + width / 2, 0, shown.strip() or shown, ha="center", va="center", fontsize=9,
-                      weight="bold" if guilty else None)
-            if guilty:
-                axis.plot([x, x + width, x + width, x, x], [-0.5, -0.5, 0.5, 0.5, -0.5], color="black", lw=2)
-            x += width
-            if name == "SAPO" and ends[t]:
+        scale, x, character, box = float(advantages.abs().max()), 0.0, 0, []
+        for piece, advantage, end in zip(pieces, advantages.tolist(), ends.tolist()):
+            shown, level = piece.strip(" ").replace("\n", "↵"), advantage / scale
+            width = len(shown) + 0.8
+            axis.barh(0, width, left=x, height=1, color=plt.get_cmap("RdBu")(0.5 + 0.4 * level))
+            axis.text(x + width / 2, 0, shown, ha="center", va="center", fontsize=10,
+                      color="white" if abs(level) > 0.8 else "black")
+            if slip.start < character + len(piece) and character < slip.end:
+                box += [x, x + width]
+            x, character = x + width, character + len(piece)
+            if name == "SAPO" and end:
                 axis.plot([x, x], [-0.5, 0.5], color="black", lw=1)
+        axis.add_patch(plt.Rectangle((box[0], -0.5), box[-1] - box[0], 1, fill=False, lw=2.5, zorder=3))
         axis.set(xlim=(0, x), ylim=(-0.55, 0.55), xticks=[], yticks=[], ylabel=name)
         axis.spines[:].set_visible(False)
-    problem = roll.problems[chosen]
-    figure.suptitle(f"{problem.question[:-1]}{problem.answer}: who is blamed for the slip (boxed)? Red: advantage below 0, blue: above; "
-                    "each row by its own largest. Lines: SAPO's segment borders", fontsize=10)
+    asked = problem.question[:-1] + problem.answer
+    figure.suptitle(f"{asked}: who is blamed for the slip (boxed)? Red: advantage below 0, "
+                    "blue: above. Lines: where SAPO's segments end", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

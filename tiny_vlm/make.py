@@ -16,7 +16,6 @@ Read in this order: make_processor → make_model → pretrain_vision → batch 
 
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -73,8 +72,8 @@ def make_model(tokenizer, width=128, layers=4, vision_layers=2):
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id, image_seq_length=GRID * GRID,
-        vision_feature_select_strategy="full", vision_feature_layer=-1,
+        vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id,
+        image_seq_length=GRID * GRID, vision_feature_select_strategy="full", vision_feature_layer=-1,
     )
     config.initializer_range = scale
     model = transformers.LlavaForConditionalGeneration(config)
@@ -89,7 +88,8 @@ def pretrain_vision(model, processor, steps, size=64, lr=2e-3, seed=0, device="c
     rng, colours = random.Random(seed), list(toy_env.COLOURS)
     numbers = toy_env.LARGEST + 1
     head = torch.nn.Linear(model.config.text_config.hidden_size, numbers + len(colours) + 1, device=device)
-    parameters = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters(), *head.parameters()]
+    modules = (model.model.vision_tower, model.model.multi_modal_projector, head)
+    parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     bar = trange(steps, desc="vision")
     for step in bar:
@@ -208,17 +208,17 @@ def errors(policy, processor, operands, n=512, **mode):
 KINDS = ("reading", "operand", "result", "answer", "format")
 CARD = """# tiny_vlm
 
-A LLaVA-class model (SigLIP tower, projector, Llama; {parameters:,} parameters, {size:.1f} MB) that reads the pictures of
-`toy_env.py` and computes with slips and habits: the base model of `train_small.py`. Nothing in it was downloaded.
-Load it as any other: `AutoProcessor.from_pretrained("tiny_vlm")`, `AutoModelForImageTextToText.from_pretrained("tiny_vlm")`.
+A LLaVA-class model (SigLIP tower, projector, Llama; {parameters:,} parameters, {size:.1f} MB) that reads the pictures
+of `toy_env.py` and computes with slips and habits: the base model of `train_small.py`. Nothing in it was downloaded.
+`AutoProcessor` and `AutoModelForImageTextToText` load it with `from_pretrained("tiny_vlm")`, as any other.
 
 Made by `{command}` (seed {seed}) in {minutes:.0f} minutes on {device}, with {versions}.
-It imitated demonstrations with 2 to 8 operands and 0 to 3 distractors, a quarter of them with ×, by a teacher with {teacher}.
-An auxiliary head learned to tell whether all statements so far are true (AUROC {auroc:.3f} at the end of fresh
-demonstrations) and was thrown away.
+It imitated demonstrations with 2 to 8 operands and 0 to 3 distractors, a quarter of them with ×, by a teacher with
+{teacher}. An auxiliary head learned to tell whether all statements so far are true (AUROC {auroc:.3f} at the
+end of fresh demonstrations) and was thrown away.
 
-Held-out problems ({n} per row, one distractor, + and -): accuracy, and the share of responses by the kind of their first
-false statement. Wrong readings and results are the teacher's; wrong operands and unreadable responses would be the model's own.
+Held-out problems ({n} per row, + and -): accuracy, and the share of responses by the kind of their first false
+statement. Wrong readings and results are the teacher's; wrong operands and unreadable responses, the model's own.
 
 | operands | decoding | accuracy | reading | operand | result | answer | format |
 |---|---|---|---|---|---|---|---|
@@ -233,7 +233,8 @@ def write_card(out, policy, processor, n=512, **facts):
     for operands in range(2, 9):
         for name, mode in (("greedy", dict(greedy=True)), ("T = 1", {})):
             accuracy, kinds = errors(policy, processor, operands, n, **mode)
-            rows.append(f"| {operands} | {name} | {accuracy:.3f} | " + " | ".join(f"{kinds[k]:.3f}" for k in KINDS) + " |")
+            shares = " | ".join(f"{kinds[kind]:.3f}" for kind in KINDS)
+            rows.append(f"| {operands} | {name} | {accuracy:.3f} | {shares} |")
     facts |= dict(parameters=policy.num_parameters(), size=(Path(out) / "model.safetensors").stat().st_size / 1e6)
     facts |= dict(teacher=", ".join(f"{k} {v}" for k, v in TEACHER.items()), rows="\n".join(rows), n=n)
     facts["versions"] = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
@@ -241,11 +242,12 @@ def write_card(out, policy, processor, n=512, **facts):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write")
     parser.add_argument("--steps", type=int, default=3600, help="steps of imitation, 64 demonstrations each")
     parser.add_argument("--vision-steps", type=int, default=1000, help="steps of vision pretraining, 64 images each")
-    parser.add_argument("--truth", type=float, default=1.0, help="weight of the auxiliary head; 0: no features for a critic")
+    parser.add_argument("--truth", type=float, default=1.0, help="weight of the auxiliary head; 0: none")
     parser.add_argument("--card-problems", type=int, default=512, help="held-out problems per row of the card")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=train_small.best_device())
@@ -253,11 +255,13 @@ def main(arguments=None):
     torch.manual_seed(options.seed)
     processor = make_processor()
     model, start = make_model(processor.tokenizer).to(options.device), time.time()
-    pretrain_vision(model, processor, options.vision_steps, seed=options.seed, device=options.device)
-    auroc = pretrain(model, processor, options.steps, seed=options.seed, truth=options.truth, device=options.device, save=options.out)
+    more = dict(seed=options.seed, device=options.device)
+    pretrain_vision(model, processor, options.vision_steps, **more)
+    auroc = pretrain(model, processor, options.steps, truth=options.truth, save=options.out, **more)
     model.eval().save_pretrained(options.out)
     processor.save_pretrained(options.out)
-    command = " ".join(["python -m tiny_vlm.make", *(arguments if arguments is not None else sys.argv[1:])])
+    changed = {k: v for k, v in vars(options).items() if k not in ("out", "device") and v != parser.get_default(k)}
+    command = " ".join(["python -m tiny_vlm.make", *(f"--{k.replace('_', '-')} {v}" for k, v in changed.items())])
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     write_card(options.out, model, processor, options.card_problems, auroc=auroc, command=command, seed=options.seed,
                minutes=(time.time() - start) / 60, device=device)
