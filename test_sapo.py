@@ -1911,7 +1911,7 @@ def test_readme_table_names_functions_that_cite_their_equation_and_tests_that_ex
         function = getattr({"sapo": sapo, "srpo": srpo}[module], name)
         assert test in globals(), test
         cited = inspect.getdoc(function) + " " * 2 + inspect.getsource(function)
-        for number in re.findall(r"\d+(?:\.\d+)*", numbers):
+        for number in re.findall(r"\b\d+(?:\.\d+)*", numbers):
             assert re.search(rf"\b(Eq\.|Section|Table|\(S)[^.;]*(?<![\d.]){re.escape(number)}(?!\d)", cited), (name, number)
         for number in re.findall(r"\(S\d\)", numbers):
             assert number in cited
