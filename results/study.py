@@ -256,7 +256,7 @@ def main():
         return
     if options.name == "readme":
         readme = HERE.parent / "README.md"
-        readme.write_text(with_results(readme.read_text()))
+        readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
         return
     for name in STUDIES if options.name == "all" else [options.name]:
         print(study(name, options.workers, options.seeds), end="\n\n")

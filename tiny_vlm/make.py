@@ -238,7 +238,7 @@ def write_card(out, policy, processor, n=512, **facts):
     facts |= dict(parameters=policy.num_parameters(), size=(Path(out) / "model.safetensors").stat().st_size / 1e6)
     facts |= dict(teacher=", ".join(f"{k} {v}" for k, v in TEACHER.items()), rows="\n".join(rows), n=n)
     facts["versions"] = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
-    (Path(out) / "README.md").write_text(CARD.format(**facts))
+    (Path(out) / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
 
 
 def main(arguments=None):
