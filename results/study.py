@@ -122,7 +122,8 @@ def table(name):
         rows = list(csv.DictReader(file))
     labels, seeds = list(dict.fromkeys(r["label"] for r in rows)), len({r["seed"] for r in rows})
     shown = [c for c in COLUMNS if any(r[c] for r in rows)]
-    lines = [f"**{STUDIES[name][0]}** ({seeds} seeds, `python -m results.study {name}`)", "",
+    how = f"{seeds} seed{'s' * (seeds > 1)}, `python -m results.study {name} --seeds {seeds}`"
+    lines = [f"**{STUDIES[name][0]}** ({how})", "",
              "| | " + " | ".join(c.replace("_", " ") for c in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for label in labels:
         cells = []
@@ -133,7 +134,7 @@ def table(name):
                 continue
             mean, low, high = interval(values)
             digits = 0 if column.startswith("responses") else 3
-            cells.append(f"{mean:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})")
+            cells.append(f"{mean:.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if seeds > 1 else ""))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -165,14 +166,14 @@ def picture(name, groups, metrics=("accuracy_sampled", "reward", "blame_auroc", 
     plt = pyplot()
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.6), layout="constrained")
     for axis, metric in zip(axes, metrics):
-        for label, histories in groups.items():
+        for i, (label, histories) in enumerate(groups.items()):
             columns = [[(r["responses"], r[metric]) for r in h if r.get(metric) is not None] for h in histories]
             columns = [c for c in columns if len(c) == len(columns[0]) and c]
             if not columns:
                 continue
             x, ys = [p[0] for p in columns[0]], list(zip(*([p[1] for p in c] for c in columns)))
-            (line,) = axis.plot(x, [statistics.fmean(y) for y in ys], label=label)
-            axis.fill_between(x, [min(y) for y in ys], [max(y) for y in ys], color=line.get_color(), alpha=0.15, lw=0)
+            axis.plot(x, [statistics.fmean(y) for y in ys], color=f"C{i}", label=label)
+            axis.fill_between(x, [min(y) for y in ys], [max(y) for y in ys], color=f"C{i}", alpha=0.15, lw=0)
         axis.set_title(metric.replace("_", " "), fontsize=10)
         axis.set_xlabel("responses")
         axis.grid(alpha=0.3)
