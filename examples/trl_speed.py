@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 import toy_env
 import train_small
 
-ITERATIONS, ROUNDS = 6, 5
+ITERATIONS, ROUNDS = 6, 3
 
 
 def ours():
