@@ -35,7 +35,7 @@ import sapo
 import srpo
 import toy_env
 import train_small
-from results import study
+from results import credit, study
 from tiny_vlm import make
 
 # ==========================================================================================================
@@ -1904,7 +1904,114 @@ def test_make_writes_a_model_that_loads_and_its_card(tmp_path, monkeypatch):
     assert len(re.findall(r"^\| [2-8] \| (?:greedy|T = 1) \|(?: [01]\.\d{3} \|){6}$", card, re.M)) == 14
 
 
-# ----------------------------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------------------ results/, README
+
+@pytest.fixture
+def slipped():
+    """A rollout of one wrong response with one false statement, 3 + 7 = 11, and its problem."""
+    cells = tuple(toy_env.Cell(0, i, c, n) for i, (c, n) in enumerate([("red", 3), ("blue", 7), ("green", 5)]))
+    steps = toy_env.Step(3, "+", "blue", 7, 10), toy_env.Step(10, "-", "green", 5, 5)
+    problem = toy_env.Problem(None, "red + blue - green = ?", "5", cells, steps)
+    text = ("<perception> red 3, blue 7, green 5 </perception> <think> red 3 + blue 7 = 11\n11 - green 5 = 6 </think> "
+            "<answer> 6 </answer>")
+    pieces = re.findall(r"\d|[^\d]+", text)
+    assert "".join(pieces) == text
+    mask = torch.ones(1, len(pieces), dtype=torch.bool)
+    roll = train_small.Rollout([problem], {}, mask.long(), mask, ~mask[:, 0], [pieces], [text])
+    return roll, {name: [i for i, p in enumerate(pieces) if p.isdigit()][k] for k, name in
+                  enumerate(["red", "blue", "green", "a", "b", "tens", "ones", "c", "d", "e", "result", "answer"])}
+
+
+def test_credit_finds_the_tokens_of_statements_and_blame_by_enumeration(slipped):
+    roll, at = slipped
+    (row, stated, false), = credit.slips(roll, torch.zeros(1))
+    assert credit.tokens_of(false, roll.pieces[0]) == [at["tens"], at["ones"]]
+    assert not list(credit.slips(roll, torch.ones(1)))                         # a lucky response is not wrong
+    advantages = torch.zeros(roll.mask.shape)
+    assert credit.blame(roll, torch.zeros(1), advantages) == dict(
+        auroc_tokens=[0.5], auroc_statements=[0.5], top1_statements=[1 / len(stated)])
+    advantages[0, at["tens"]] = advantages[0, at["ones"]] = -1.0
+    assert credit.blame(roll, torch.zeros(1), advantages) == dict(
+        auroc_tokens=[1.0], auroc_statements=[1.0], top1_statements=[1.0])
+    advantages[0, at["answer"]] = -2.0                                         # now the answer is blamed most
+    found = credit.blame(roll, torch.zeros(1), advantages)
+    n, others = len(roll.pieces[0]), len(stated) - 1
+    assert found["auroc_tokens"] == [pytest.approx(1 - 1 / (n - 2))] and found["top1_statements"] == [0.0]
+    assert found["auroc_statements"] == [pytest.approx(1 - 1 / others)]
+
+
+def test_credit_borders_and_roles_by_hand(slipped):
+    roll, at = slipped
+    ends = torch.zeros_like(roll.mask)
+    ends[0, [at["red"], at["tens"], at["c"], -1]] = True                       # the last end is given: 2 of 3 are right
+    decisions = {at[k] for k in ("red", "blue", "green", "tens", "ones", "result")}
+    assert credit.border_quality(roll, ends) == dict(precision=2 / 3, recall=2 / len(decisions))
+    rng = torch.Generator().manual_seed(0)
+    mask = batch(B=50, T=13).mask
+    ends = sapo.ends_by_entropy(torch.rand(50, 13), mask)
+    drawn = torch.stack([credit.random_ends(ends, mask, rng) for _ in range(200)])
+    assert (drawn.sum(2) == ends.sum(1)).all() and not (drawn & ~mask).any() and (drawn & sapo.ends_once(mask)).any(2).all()
+    inner = mask & ~sapo.ends_once(mask)
+    expected = ((ends.sum(1) - 1) / inner.sum(1).clamp(min=1))[:, None].expand_as(mask)
+    assert ((drawn.float().mean(0) - expected)[inner].abs() < 0.17).all()      # uniform: 5 standard errors
+    weights = torch.arange(float(roll.mask.shape[1]))[None]
+    copied = [at[k] for k in ("a", "b", "c", "d", "e")]
+    assert credit.weights_by_kind(roll, None, weights) == {
+        "true reading": statistics.fmean(at[k] for k in ("red", "blue", "green")), "computed": at["result"],
+        "copied": statistics.fmean(copied), "false result": (at["tens"] + at["ones"]) / 2}
+
+
+def test_credit_value_error_is_freed_of_sampling_noise():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.rand(4000, generator=g, dtype=torch.float64)
+    mc = torch.bernoulli(truth.expand(credit.CONTINUATIONS, -1), generator=g).mean(0)
+    v = truth + 0.1 + 0.2 * torch.randn(4000, generator=g, dtype=torch.float64)
+    found = credit.value_errors([(m, {"critic": x}) for m, x in zip(mc.tolist(), v.tolist())], "critic")
+    assert found["value_error"] == pytest.approx(0.1**2 + 0.2**2, abs=0.003)
+    assert found["value_bias"] == pytest.approx(0.1, abs=0.02)
+    assert found["value_ev"] == pytest.approx(1 - 0.2**2 * 12, abs=0.04)       # a uniform's variance is 1 / 12
+
+
+def test_credit_monte_carlo_of_a_finished_answer_is_its_outcome():
+    config = train_small.complete(train_small.Config(operands=2, device="cpu"))
+    policy, processor, *_ = train_small.load(config)
+    torch.manual_seed(0)
+    problems = toy_env.make_problems(12, operands=2)
+    roll = train_small.rollout(policy, processor, problems, config.max_tokens)
+    rewards, lengths = roll.rewards().tolist(), roll.mask.sum(1).tolist()
+    for outcome in (0.0, 1.0):
+        row = rewards.index(outcome)
+        values = [credit.monte_carlo(policy, processor, roll, row, t, config.max_tokens) for t in (0, lengths[row] - 2)]
+        assert values[1] == pytest.approx(outcome, abs=0.05) and abs(values[0] - outcome) > 0.02
+
+
+def test_study_stores_a_run_and_never_repeats_it(tmp_path, monkeypatch, mini):
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    options = dict(SMALL, algo="sapo", model=str(mini), seed=0, iterations=2, critic_warmup=1)
+    options.pop("out", None)
+    monkeypatch.setattr(study, "command", lambda options: "python train_small.py --tiny")
+    first = study.run(options)
+    monkeypatch.setattr(train_small, "train", None)                            # would fail if called
+    assert study.run(options) == first and len(first["history"]) == 3
+    assert {f"lift_{q}" for q in study.QUANTILES} <= set(first["history"][-1])
+    assert first["row"]["accuracy_sampled"] == first["history"][-1]["accuracy_sampled"]
+
+
+def test_study_cells_and_intervals():
+    assert study.cell(["0.5", "", "0.7"]) == "2 of 3 runs" and study.cell(["", ""]) == "–" and study.cell([0.0]) == "0.000"
+    mean, low, high = study.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    draws = sorted(statistics.fmean(x) for x in itertools.product([1.0, 2.0, 3.0, 4.0, 5.0], repeat=5))
+    assert mean == 3.0 and low == pytest.approx(draws[int(0.025 * 5**5)], abs=0.21)
+    assert high == pytest.approx(draws[int(0.975 * 5**5)], abs=0.21)
+
+
+def test_study_reports_each_method_at_its_best_rate():
+    rows = [r["row"] for r in map(json.loads, (p.read_text() for p in (study.HERE / "runs").glob("*.json"))) if "row" in r]
+    for algo, best in study.BEST.items():
+        jobs = {lr: study.command(dict(study.setting(algo, lr=lr), seed=0)) for lr in study.RATES}
+        found = {lr: r["accuracy_sampled"] for lr, job in jobs.items() for r in rows if r["command"] == job}
+        assert len(found) == len(study.RATES) and found[best] == max(found.values()), (algo, found)
+
 
 README = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
 

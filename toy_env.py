@@ -11,7 +11,7 @@ each *statement*: a reading is compared with the image, an operand with what was
 it, a result with its own operands. So `first_error` knows where a response went wrong, which is the ground
 truth of credit assignment that no real benchmark has.
 
-Read in this order: make_problem → reward → statements (first_error, false_statements, faithful) →
+Read in this order: make_problem → reward → statements (first_error, false_statements, faithful, perception) →
 demonstration (the sloppy teacher) → make_dataset. `python toy_env.py` draws a contact sheet.
 This file needs Pillow and datasets and knows nothing of the algorithms.
 """
@@ -69,18 +69,23 @@ class Problem:
 # ---------------------------------------------------------------- problems
 
 
-def make_problem(seed, operands=3, distractors=1, operators="+-", low=1, high=9, grid=3, cell=16, split="train"):
+def make_problem(seed, operands=3, distractors=1, operators="+-", low=1, high=9, grid=3, cell=16, prior=0.0,
+                 split="train"):
     """Draw one problem. The same arguments give the same pixels on every machine.
 
     seed: any int.  operands: 2 to 8 cells that the question names.  distractors: cells that it does not.
     operators: any of "+", "-", "×".  low, high: the range of the numbers.  grid: slots per side.
-    cell: pixels per slot.  split: "train" or "eval"; no (cells, question) pair is ever in both.
+    cell: pixels per slot.  prior: share of problems in which each colour has its usual number (red 1,
+    orange 2, …), so that the question alone tells the answer.  split: "train" or "eval"; no (cells, question) pair is
+    ever in both.
     Raises ValueError for a difficulty that cannot be drawn, or hardly ever.
     """
-    _check_difficulty(operands, distractors, operators, low, high, grid, cell, split)
+    _check_difficulty(operands, distractors, operators, low, high, grid, cell, prior, split)
     rng = random.Random(f"{split} {seed}")
+    usual = prior > 0 and rng.random() < prior
     for _ in range(100_000):
         cells = _draw_cells(rng, operands + distractors, low, high, grid)
+        cells = [c._replace(number=_usual_number(c.colour, low, high)) for c in cells] if usual else cells
         asked = rng.sample(cells, operands)
         steps = _draw_steps(rng, asked, operators)
         if steps is None:
@@ -95,7 +100,7 @@ def make_problem(seed, operands=3, distractors=1, operators="+-", low=1, high=9,
     raise ValueError(f"{numbers}: results of {operands} operands hardly ever stay in 0 … {LARGEST}")
 
 
-def _check_difficulty(operands, distractors, operators, low, high, grid, cell, split):
+def _check_difficulty(operands, distractors, operators, low, high, grid, cell, prior, split):
     if grid < 2:
         raise ValueError(f"grid={grid}: expected at least 2 slots per side")
     most = min(grid * grid, len(COLOURS))
@@ -109,6 +114,8 @@ def _check_difficulty(operands, distractors, operators, low, high, grid, cell, s
         raise ValueError(f"low={low}, high={high}: expected 0 <= low <= high <= {LARGEST}")
     if cell < 14:
         raise ValueError(f"cell={cell}: expected at least 14 pixels, or the digits cannot be read")
+    if not 0 <= prior <= 1:
+        raise ValueError(f"prior={prior}: expected a share from 0 to 1")
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r}: expected 'train' or 'eval'")
 
@@ -117,6 +124,10 @@ def _draw_cells(rng, n, low, high, grid):
     slots = sorted(rng.sample(range(grid * grid), n))
     colours = rng.sample(list(COLOURS), n)
     return [Cell(slot // grid, slot % grid, c, rng.randint(low, high)) for slot, c in zip(slots, colours)]
+
+
+def _usual_number(colour, low, high):
+    return low + list(COLOURS).index(colour) % (high - low + 1)
 
 
 def _draw_steps(rng, asked, operators):
@@ -302,6 +313,11 @@ def first_error(problem, response):
 def faithful(problem, response):
     """True for the right answer and no false statement on the way to it."""
     return reward(problem, response) == 1.0 and not false_statements(problem, response)
+
+
+def perception(problem, response):
+    """Share of the problem's cells that the response reads correctly; 0.0 for a response that does not parse."""
+    return sum(s.true for s in statements(problem, response) if s.kind == "reading") / len(problem.cells)
 
 
 # ---------------------------------------------------------------- the sloppy teacher

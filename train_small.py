@@ -69,7 +69,7 @@ class Config:
     mini_batches: int = option(4, "updates per epoch over the responses of an iteration (paper: 4)")
     epochs: int = option(1, "passes over the responses of an iteration (paper: 1)")
     micro_batch: int = option(0, "responses per forward pass, to save memory; 0: a whole mini-batch")
-    critic_warmup: int = option(20, "first iterations, in which only a critic learns (ours, after VC-PPO)")
+    critic_warmup: int = option(5, "first iterations, in which only a critic learns (ours, after VC-PPO)")
     lr: float = option(8e-5, "policy's learning rate, decaying to 0 (ours; paper: 1e-6 for 3B and 7B)")
     critic_lr: float = option(5e-5, "learning rate of the critic's pretrained part (ours; paper: 2e-6)")
     head_lr: float = option(2e-3, "learning rate of the critic's value head, which starts at 0 (ours; paper: as above)")
@@ -91,6 +91,7 @@ class Config:
     operands: int = option(4, "toy world: numbers in a question, 2 to 8")
     distractors: int = option(0, "toy world: cells that the question does not use")
     operators: str = option("+-", "toy world: any of +-×")
+    prior: float = option(0.0, "toy world: share of training problems whose question alone tells the answer")
     max_tokens: int = option(None, "longest response (default: by the number of operands)")
     model: str = option(str(HERE / "tiny_vlm"), "a folder or hub name for from_pretrained")
     dataset: str = option(None, "a folder or hub name for load_dataset, with image, question and answer columns")
@@ -124,7 +125,7 @@ def complete(config):
     if config.responses % (config.group * config.mini_batches):
         raise ValueError(f"responses={config.responses}: expected a multiple of {config.mini_batches} mini-batches × "
                          f"{config.group} responses per prompt")
-    toy_env.make_problem(0, **difficulty(config))  # raises for a difficulty that cannot be drawn
+    toy_env.make_problem(0, prior=config.prior, **difficulty(config))  # raises for a difficulty that cannot be drawn
     return config
 
 
@@ -161,14 +162,15 @@ def banned_ids(policy):
 def problem_stream(config):
     """An endless iterator over training problems."""
     if config.dataset is None:
-        yield from (toy_env.make_problem(i, **difficulty(config)) for i in itertools.count(config.seed * 10**9))
+        seeds = itertools.count(config.seed * 10**9)
+        yield from (toy_env.make_problem(i, prior=config.prior, **difficulty(config)) for i in seeds)
     rows = split_dataset(config)["train"].shuffle(seed=config.seed)
     while True:
         yield from map(from_row, rows)
 
 
 def eval_problems(config):
-    """Held-out problems, the same for every run of a difficulty or data set."""
+    """Held-out problems, the same for every run of a difficulty or data set. No prior holds in them."""
     if config.dataset is None:
         return toy_env.make_problems(config.eval_problems, split="eval", **difficulty(config))
     return list(map(from_row, split_dataset(config)["test"]))
@@ -466,7 +468,8 @@ def evaluate(config, policy, processor, problems):
             roll = rollout(policy, processor, problems, config.max_tokens, **mode)
             result[f"accuracy_{name}"] = float(roll.rewards().mean())
     if problems[0].cells:
-        result["faithful_sampled"] = fmean(toy_env.faithful(p, t) for p, t in zip(problems, roll.texts))
+        for name, measure in (("faithful_sampled", toy_env.faithful), ("perception_sampled", toy_env.perception)):
+            result[name] = fmean(measure(p, t) for p, t in zip(problems, roll.texts))
     return result, roll
 
 
@@ -587,7 +590,7 @@ def plot(history, path, title):
 def summary(config, history):
     """What the closing table shows: name → (before, after)."""
     first, last = history[0], history[-1]
-    rows = {name: (first[name], last[name]) for name in first if name.startswith(("accuracy", "faithful"))}
+    rows = {name: (first[name], last[name]) for name in first if name not in ("iteration", "responses", "seconds")}
     if config.critic:  # the critic while there is something to explain: from a third of the run to 85 % reward
         third, rewards = config.iterations / 3, [row.get("reward", 0.0) for row in history]
         passed = next((i for i, r in enumerate(rewards) if r > 0.85), len(rewards))

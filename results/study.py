@@ -1,8 +1,9 @@
 """The papers' claims in miniature: `python -m results.study NAME` runs a study, resumes it, and shows what came out.
 
-    python -m results.study table1 --workers 2     a table: results/table1.csv, results/table1.png
+    python -m results.study table1 --workers 2     a table and a picture: results/table1.csv, results/table1.png
+    python -m results.study credit --workers 2     where the credit goes: credit.py
     python -m results.study show-credit RUN        a picture: who is blamed for a slip (RUN: a folder of --save)
-    python -m results.study all                    every study; finished runs are never repeated
+    python -m results.study all --workers 2        every study; finished runs are never repeated
     python -m results.study readme                 the README's section, from the CSVs
 
 A run is one training with train_small.py's own functions; its metrics stay in results/runs/, and studies that ask for
@@ -17,40 +18,77 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 
 import sapo
-import srpo
-import toy_env
 import train_small
+from results import credit
 
 HERE = Path(__file__).parent
-ALGORITHMS = ["grpo", "gspo", "ppo", "vc-ppo", "sapo", "srpo"]
-STUDIES = {  # name → (what it asks, {label: options of train_small.py}, seeds)
-    "table1": ("SAPO Table 1: six methods at equal numbers of responses", {a: dict(algo=a) for a in ALGORITHMS}, 5),
-    "table2": ("SAPO Table 2: ratio per token or per segment, updates made off-policy (3 epochs, 8 mini-batches)",
-               {r: dict(algo="sapo", ratio=r, epochs=3, mini_batches=8) for r in ("token", "segment")}, 5),
-    "table3": ("SAPO Table 3: where segments end",
-               {s: dict(algo="sapo", segments=s) for s in ("newline", "step", "probability", "entropy")}, 5),
-    "figure5": ("SAPO Fig. 5: the share of tokens that end a segment",
-                {f"{k} %": dict(algo="sapo", top_percent=float(k)) for k in (5, 10, 20, 30, 50, 100)}, 5),
-    "horizon": ("Longer chains: does the gain grow with the horizon?",
-                {f"{a}, {n} operands": dict(algo=a, operands=n)
-                 for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")}, 3),
-    "critic": ("What the critic needs: where V is read, and lambda",
-               {"start": dict(algo="sapo"), "last": dict(algo="sapo", value_at="last")}
-               | {f"lambda {x}": dict(algo="sapo", lam=x) for x in (0.9, 0.95, 1.0)}, 3),
-    "srpo": ("SRPO's open choices",
-             {"grpo": dict(algo="grpo"), "srpo": dict(algo="srpo"), "blind": dict(algo="srpo", contrast="blind"),
-              "sign-aware": dict(algo="srpo", sign_aware=True)}
-             | {c: dict(algo="srpo", corruption=c) for c in ("noise", "blank")}, 5),
+
+# The setting of the studies: a chain long enough, and few enough responses, that nothing saturates.
+SETTING = dict(operands=6, iterations=40, eval_every=40)
+RATES = (8e-5, 1.6e-4, 3.2e-4)  # swept for each method on seed 0 (study rates); every other study uses its best:
+BEST = {"grpo": 8e-5, "gspo": 8e-5, "ppo": 8e-5, "vc-ppo": 8e-5, "sapo": 8e-5, "srpo": 8e-5}
+OUTCOME = ("accuracy_sampled", "accuracy_greedy", "accuracy_paper", "faithful_sampled")
+CRITIC = ("explained_variance_last", "blame_auroc")
+CURVES = ("reward", "explained_variance_last", "blame_auroc", "entropy")
+QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of entropy, for lift
+
+
+def setting(algo, **options):
+    return dict(SETTING, algo=algo, lr=BEST[algo]) | options
+
+
+class Study(NamedTuple):
+    question: str
+    runs: dict  # label → options of train_small.py
+    seeds: int = 5
+    columns: tuple = (*OUTCOME, "responses_to_80", *CRITIC)
+    curves: tuple = CURVES
+
+
+STUDIES = {
+    "rates": Study("The learning rates tried for each method, on one seed",
+                   {f"{a}, {lr:g}": setting(a, lr=lr) for a in BEST for lr in RATES}, 1),
+    "table1": Study("SAPO Table 1: six methods at equal numbers of responses, each at its best learning rate",
+                    {a: setting(a) for a in BEST}),
+    "table2": Study("SAPO Table 2: ratio per token or per segment, 3 epochs of 8 mini-batches",
+                    {r: setting("sapo", ratio=r, epochs=3, mini_batches=8) for r in ("token", "segment")},
+                    columns=(*OUTCOME, "responses_to_80", "mean_ratio_deviation", "max_ratio_deviation",
+                             "clip_fraction"),
+                    curves=("reward", "mean_ratio_deviation", "clip_fraction", "entropy")),
+    "table3": Study("SAPO Table 3: where segments end",
+                    {s: setting("sapo", segments=s) for s in ("newline", "step", "probability")}
+                    | {"entropy": setting("sapo")}),
+    "figure5": Study("SAPO Fig. 5: the share of tokens that end a segment",
+                     {f"{k} %": setting("sapo", **({} if k == 30 else dict(top_percent=float(k))))
+                      for k in (5, 10, 20, 30, 50, 100)}),
+    "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
+                     columns=("value_loss",), curves=("value_loss", "explained_variance", "explained_variance_last")),
+    "figure7": Study("SAPO Fig. 7: entropy and response length", {a: setting(a) for a in ("ppo", "sapo")},
+                     columns=("entropy", "response_length"), curves=("entropy", "response_length")),
+    "horizon": Study("Longer chains: does the gain grow with the horizon?",
+                     {f"{a}, {n} operands": setting(a, operands=n)
+                      for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")},
+                     3, curves=("reward",)),
+    "critic": Study("What the critic needs: where V is read, lambda, and features that know what is true",
+                    {"start, lambda 0.9": setting("sapo"), "last": setting("sapo", value_at="last")}
+                    | {f"lambda {x}": setting("sapo", lam=x) for x in (0.95, 0.99, 1.0)}, 3),
+    "srpo": Study("SRPO's open choices",
+                  {"grpo": setting("grpo"), "srpo": setting("srpo"), "blind": setting("srpo", contrast="blind"),
+                   "sign-aware": setting("srpo", sign_aware=True)}
+                  | {c: setting("srpo", corruption=c) for c in ("noise", "blank")},
+                  columns=(*OUTCOME, "perception_sampled", "lucky", "responses_to_80"), curves=("reward", "entropy")),
+    "grounding": Study("Grounding: in 60 % of the training problems the question tells the answer, in evaluation in none",
+                       {f"{a}{', prior 0.6' if p else ''}": setting(a, **({"prior": p} if p else {}))
+                        for p in (0.0, 0.6) for a in ("grpo", "srpo")},
+                       columns=(*OUTCOME, "perception_sampled", "lucky"), curves=("reward", "entropy")),
 }
-COLUMNS = ["accuracy_sampled", "accuracy_greedy", "accuracy_paper", "faithful_sampled", "responses_to_80",
-           "explained_variance", "explained_variance_last", "blame_auroc"]
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -62,47 +100,77 @@ def command(options):
     return " ".join(["python train_small.py", *flags])
 
 
-def run(options):
-    """One training, or its stored result if it has been done. Returns (row, history)."""
-    name = command(options).removeprefix("python train_small.py ").replace("--", "").replace(" ", "-")
+def stored(name, make):
+    """The JSON of results/runs/NAME.json; what `make()` returns, if there is none yet."""
     path = HERE / "runs" / f"{name}.json"
-    if path.exists():
-        stored = json.loads(path.read_text())
-        return stored["row"], stored["history"]
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
+    if not path.exists():
+        torch.set_num_threads(1)
+        transformers.utils.logging.disable_progress_bar()
+        result = make()
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result))
+    return json.loads(path.read_text())
+
+
+def run(options):
+    """One training: dict of row, for a table, and history, for curves."""
+    name = command(options).removeprefix("python train_small.py ").replace("--", "").replace(" ", "-")
+    return stored(name, lambda: train_once(options))
+
+
+def train_once(options):
     start = time.time()
     with tempfile.TemporaryDirectory() as out:
         config = train_small.complete(train_small.Config(**options, out=out))
-        *_, history, _ = train_small.train(config)
-    final = {k: v for k, v in history[-1].items() if k.startswith(("accuracy", "faithful_"))}
-    closing = train_small.summary(config, history)
-    critic = {name.split(",")[0]: after for name, (before, after) in closing.items() if before is None}
-    reached = (r["responses"] for r in history if r.get("accuracy_sampled", 0) >= 0.8)
-    row = final | critic | dict(
-        responses_to_80=next(reached, None), command=command(options), seed=options["seed"],
-        seconds=round(time.time() - start), torch=torch.__version__, transformers=transformers.__version__,
-    )
+        *_, history, _ = train_small.train(config, lifts)
+    row = dict(command=command(options), seed=options["seed"], seconds=round(time.time() - start),
+               torch=torch.__version__, transformers=transformers.__version__)
     history = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in history]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(dict(row=row, history=history)))
-    return row, history
+    return dict(row=summarise(config, history) | row, history=history)
+
+
+def lifts(i, policy, critic, roll, scored, credit):
+    """Eq. 12 at several quantiles of entropy, on the iteration's own rollout."""
+    if critic is None:
+        return {}
+    lift = {q: sapo.lift(scored.entropy, scored.values, roll.mask, quantile=q, resamples=1)[0] for q in QUANTILES}
+    return {f"lift_{q}": x for q, x in lift.items()}
+
+
+def summarise(config, history):
+    """A run in one row: the last checkpoint's evaluation, and means over the run."""
+    first, last = history[0], history[-1]
+    row = {k: last[k] for k in first if k not in ("iteration", "responses", "seconds")}
+    row |= {f"{k}_base": first[k] for k in row}
+    row["lucky"] = last["accuracy_sampled"] - last["faithful_sampled"]
+    closing = train_small.summary(config, history).items()
+    row |= {name.split(",")[0]: after for name, (before, after) in closing if before is None}
+    recent = [statistics.fmean(r["reward"] for r in history[max(1, i - 4) : i + 1]) for i in range(1, len(history))]
+    row["responses_to_80"] = next((r["responses"] for r, mean in zip(history[1:], recent) if mean >= 0.8), None)
+    for name in ("mean_ratio_deviation", "clip_fraction", "value_loss", "entropy", "response_length"):
+        values = [r[name] for r in history if r.get(name) is not None]
+        row[name] = statistics.fmean(values) if values else None
+    row["max_ratio_deviation"] = max((r.get("max_ratio_deviation", 0.0) for r in history), default=None)
+    return row
 
 
 def study(name, workers, seeds=None):
-    """Run what is missing of a study; write its CSV and picture; return its table as text."""
-    question, methods, default = STUDIES[name]
+    """Run what is missing of a study; write its CSV and pictures; return its table as text."""
+    _, methods, default, columns, curves = STUDIES[name]
     jobs = [dict(options, seed=seed) for seed in range(seeds or default) for options in methods.values()]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         results = dict(zip(map(command, jobs), pool.imap(run, jobs, chunksize=1)))
     groups = {label: [results[command(dict(options, seed=seed))] for seed in range(seeds or default)]
               for label, options in methods.items()}
     with open(HERE / f"{name}.csv", "w", newline="") as file:
-        names = ["label", *COLUMNS, "seed", "seconds", "command", "torch", "transformers"]
+        bases = [f"{c}_base" for c in OUTCOME]
+        names = ["label", *columns, *bases, "seed", "seconds", "command", "torch", "transformers"]
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(dict(row, label=label) for label, rows in groups.items() for row, _ in rows)
-    picture(name, {label: [history for _, history in rows] for label, rows in groups.items()})
+        writer.writerows(dict(result["row"], label=label) for label, runs in groups.items() for result in runs)
+    picture(name, {label: [result["history"] for result in runs] for label, runs in groups.items()}, curves)
+    if name == "table1":
+        figure3([result["history"] for result in groups["sapo"]])
     return table(name)
 
 
@@ -121,32 +189,46 @@ def table(name):
     with open(HERE / f"{name}.csv") as file:
         rows = list(csv.DictReader(file))
     labels, seeds = list(dict.fromkeys(r["label"] for r in rows)), len({r["seed"] for r in rows})
-    shown = [c for c in COLUMNS if any(r[c] for r in rows)]
-    how = f"{seeds} seed{'s' * (seeds > 1)}, `python -m results.study {name} --seeds {seeds}`"
-    lines = [f"**{STUDIES[name][0]}** ({how})", "",
+    shown = [c for c in STUDIES[name].columns if any(r[c] for r in rows)]
+    how = f"`python -m results.study {name}`, {seeds} seed{'s' * (seeds > 1)}: mean (95 % interval)."
+    lines = [how, "",
              "| | " + " | ".join(c.replace("_", " ") for c in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    if name == "table1":
+        bases = [rows[0].get(f"{column}_base") for column in shown]
+        lines.append("| base | " + " | ".join(f"{float(x):.3f}" if x else "" for x in bases) + " |")
     for label in labels:
-        cells = []
-        for column in shown:
-            values = [float(r[column]) for r in rows if r["label"] == label and r[column]]
-            if len(values) < seeds:  # not every run has it: no critic, or 80 % never reached
-                cells.append("–" if not values else f"{len(values)} of {seeds} runs")
-                continue
-            mean, low, high = interval(values)
-            digits = 0 if column.startswith("responses") else 3
-            cells.append(f"{mean:.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if seeds > 1 else ""))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        mine = [r for r in rows if r["label"] == label]
+        lines.append(f"| {label} | " + " | ".join(cell([r[c] for r in mine]) for c in shown) + " |")
     return "\n".join(lines)
 
 
+def cell(texts):
+    """Mean (interval) of a column over seeds; not every run has every column, or reaches 80 %."""
+    values = [float(x) for x in texts if x not in ("", None)]
+    if len(values) < len(texts):
+        return "–" if not values else f"{len(values)} of {len(texts)} runs"
+    digits = 0 if min(values) > 30 else 3
+    mean, low, high = (f"{x:.{digits}f}" for x in interval(values))
+    return mean + (f" ({low}–{high})" if len(values) > 1 else "")
+
+
+PICTURES = dict(table1=["table1", "figure3"])  # of studies with others than their own
 MARKS = "<!-- results: python -m results.study readme -->", "<!-- end of results -->"
 
 
 def with_results(text):
-    """README text with its results section made anew from the CSVs."""
+    """README text with its results section made anew from the CSVs: the first table open, the others folded."""
     before, rest = text.split(MARKS[0])
-    tables = [table(name) + f"\n\n![{name}](results/{name}.png)" for name in STUDIES if (HERE / f"{name}.csv").exists()]
-    return before + "\n\n".join([MARKS[0], *tables, MARKS[1]]) + rest.split(MARKS[1])[1]
+    blocks = [block(STUDIES[name].question, table(name), PICTURES.get(name, [name]), opened=name == "table1")
+              for name in STUDIES if (HERE / f"{name}.csv").exists()]
+    if (HERE / "credit.csv").exists():
+        blocks.append(block("Where the credit goes: blame, values, borders, roles", credit.table(), ["credit_study"]))
+    return before + "\n\n".join([MARKS[0], *blocks, MARKS[1]]) + rest.split(MARKS[1])[1]
+
+
+def block(title, tables, pictures, opened=False):
+    shown = "\n\n".join([tables, *(f"![{name}](results/{name}.png)" for name in pictures)])
+    return f"<details{' open' * opened}>\n<summary><b>{title}</b></summary>\n\n{shown}\n\n</details>"
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -161,106 +243,71 @@ def pyplot():
     return pyplot
 
 
-def picture(name, groups, metrics=("accuracy_sampled", "reward", "blame_auroc", "explained_variance_last")):
+def picture(name, groups, metrics):
     """Mean over seeds against responses, with the range of the seeds shaded."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.6), layout="constrained")
-    for axis, metric in zip(axes, metrics):
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.6), layout="constrained", squeeze=False)
+    for axis, metric in zip(axes[0], metrics):
         for i, (label, histories) in enumerate(groups.items()):
-            columns = [[(r["responses"], r[metric]) for r in h if r.get(metric) is not None] for h in histories]
-            columns = [c for c in columns if len(c) == len(columns[0]) and c]
-            if not columns:
+            points = {}
+            for row in (row for history in histories for row in history if row.get(metric) is not None):
+                points.setdefault(row["responses"], []).append(row[metric])
+            if not points:
                 continue
-            x, ys = [p[0] for p in columns[0]], list(zip(*([p[1] for p in c] for c in columns)))
+            x, ys = list(points), list(points.values())
             axis.plot(x, [statistics.fmean(y) for y in ys], color=f"C{i}", label=label)
             axis.fill_between(x, [min(y) for y in ys], [max(y) for y in ys], color=f"C{i}", alpha=0.15, lw=0)
         axis.set_title(metric.replace("_", " "), fontsize=10)
         axis.set_xlabel("responses")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.suptitle(STUDIES[name][0], fontsize=11)
+        axis.legend(fontsize=7)
+    figure.suptitle(STUDIES[name].question, fontsize=11)
     figure.savefig(HERE / f"{name}.png", dpi=100)
     plt.close(figure)
 
 
-def show_credit(folder, path):
-    """One real response with one slip, its tokens coloured by the advantage that each method gives them: the picture of
-    SAPO's Fig. 1, from a run. All rows see the same response, group and critic."""
-    config = train_small.complete(train_small.Config(**json.loads((Path(folder) / "config.json").read_text())))
-    config = replace(config, model=str(Path(folder) / "model"), algo="sapo")
-    policy, processor, critic, _ = train_small.load(config)
-    critic.load_state_dict(torch.load(Path(folder) / "critic.pt", weights_only=True))
-    torch.manual_seed(0)
-    problems = [p for p in train_small.eval_problems(config)[:64] for _ in range(8)]
-    roll = train_small.rollout(policy, processor, problems, config.max_tokens)
-    rewards, mask = roll.rewards(), roll.mask
-    scored = train_small.score_all(config, policy, None, critic, roll)
-    chosen, slip = one_slip(roll, rewards)
-    ends = {"PPO": sapo.ends_every_token(mask), "SAPO": train_small.segment_ends(config, roll, scored)}
-    token_rewards = sapo.kl_rewards(rewards, scored.log_probs, scored.log_probs, mask, 0.0)
-    group = srpo.group_advantages(rewards, 8)
-    weights = train_small.role_weights(config, policy, processor, roll, scored, group)
-    rows = {"GRPO": srpo.srpo_advantages(group, torch.ones_like(weights)), "SRPO": srpo.srpo_advantages(group, weights)}
-    for name, lam in (("PPO", 0.95), ("SAPO", config.lam)):
-        rows[name] = sapo.segment_gae(token_rewards, scored.values, ends[name], mask, 1.0, lam)[0]
-    rows = {name: rows[name][chosen] for name in ("GRPO", "SRPO", "PPO", "SAPO")}
-    draw_credit(roll, chosen, slip, rows, ends["SAPO"][chosen], path)
-
-
-def one_slip(roll, rewards):
-    """The first wrong response with exactly one false statement, a group with both outcomes, and most still to come."""
-    for i, (problem, text) in enumerate(zip(roll.problems, roll.texts)):
-        false = toy_env.false_statements(problem, text)
-        mixed = 0 < rewards[i // 8 * 8 : i // 8 * 8 + 8].sum() < 8
-        early = len(false) == 1 and false[0].kind == "result" and false[0].end < 0.7 * len(text)
-        if rewards[i] == 0 and mixed and early:
-            return i, false[0]
-    raise SystemExit("no wrong response with a single early slip: try a run with a longer chain or fewer iterations")
-
-
-def draw_credit(roll, chosen, slip, rows, ends, path):
+def figure3(histories):
+    """SAPO Fig. 3: lift against the quantile of entropy, early, middle and late in training; mean and interval."""
     plt = pyplot()
-    pieces, problem = roll.pieces[chosen], roll.problems[chosen]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(15, 1.0 * len(rows) + 0.6), layout="constrained")
-    for axis, (name, advantages) in zip(axes, rows.items()):
-        scale, x, character, box = float(advantages.abs().max()), 0.0, 0, []
-        for piece, advantage, end in zip(pieces, advantages.tolist(), ends.tolist()):
-            shown, level = piece.strip(" ").replace("\n", "↵"), advantage / scale
-            width = len(shown) + 0.8
-            axis.barh(0, width, left=x, height=1, color=plt.get_cmap("RdBu")(0.5 + 0.4 * level))
-            axis.text(x + width / 2, 0, shown, ha="center", va="center", fontsize=10,
-                      color="white" if abs(level) > 0.8 else "black")
-            if slip.start < character + len(piece) and character < slip.end:
-                box += [x, x + width]
-            x, character = x + width, character + len(piece)
-            if name == "SAPO" and end:
-                axis.plot([x, x], [-0.5, 0.5], color="black", lw=1)
-        axis.add_patch(plt.Rectangle((box[0], -0.5), box[-1] - box[0], 1, fill=False, lw=2.5, zorder=3))
-        axis.set(xlim=(0, x), ylim=(-0.55, 0.55), xticks=[], yticks=[], ylabel=name)
-        axis.spines[:].set_visible(False)
-    asked = problem.question[:-1] + problem.answer
-    figure.suptitle(f"{asked}: who is blamed for the slip (boxed)? Red: advantage below 0, "
-                    "blue: above. Lines: where SAPO's segments end", fontsize=11)
-    figure.savefig(path, dpi=110)
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    rows = [row for row in histories[0][1:]]
+    third = -(-len(rows) // 3)
+    for i, when in enumerate(("early", "middle", "late")):
+        means = []
+        for q in QUANTILES:
+            part = [[r[f"lift_{q}"] for r in h[1:][i * third : (i + 1) * third] if r[f"lift_{q}"] is not None]
+                    for h in histories]
+            means.append(interval([statistics.fmean(x) for x in part]))
+        axis.plot(QUANTILES, [m[0] for m in means], marker="o", color=f"C{i}", label=when)
+        axis.fill_between(QUANTILES, [m[1] for m in means], [m[2] for m in means], color=f"C{i}", alpha=0.2, lw=0)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set(xlabel="quantile of entropy", ylabel="lift of large value jumps (Eq. 12)",
+             title=f"SAPO Fig. 3: lift, thirds of training, {len(histories)} seeds")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(HERE / "figure3.png", dpi=100)
     plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=[*STUDIES, "all", "show-credit", "readme"])
+    parser.add_argument("name", choices=[*STUDIES, "credit", "all", "show-credit", "readme"])
     parser.add_argument("folder", nargs="?", help="for show-credit: a folder written by train_small.py --save")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, one core each")
     parser.add_argument("--seeds", type=int, help="other than the study's own number")
     options = parser.parse_args()
     if options.name == "show-credit":
-        show_credit(options.folder, HERE / "credit.png")
+        credit.show_credit(options.folder, HERE / "credit.png")
         return
     if options.name == "readme":
         readme = HERE.parent / "README.md"
         readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
         return
-    for name in STUDIES if options.name == "all" else [options.name]:
-        print(study(name, options.workers, options.seeds), end="\n\n")
+    for name in [*STUDIES, "credit"] if options.name == "all" else [options.name]:
+        if name == "credit":
+            print(credit.credit(options.workers, options.seeds))
+        else:
+            print(study(name, options.workers, options.seeds), end="\n\n")
 
 
 if __name__ == "__main__":
