@@ -1032,6 +1032,29 @@ def test_toy_difficulty_holds_and_the_answer_is_right(level):
     assert seen == set(d["operators"]) and d["low"] <= min(numbers) <= d["low"] + 2 and max(numbers) <= d["high"]
 
 
+def test_toy_prior_makes_the_question_tell_the_answer():
+    plain, tied = (toy_env.make_problems(600, prior=prior) for prior in (0.0, 0.6))
+    usual = {c: i % 9 + 1 for i, c in enumerate(toy_env.COLOURS)}
+    told = lambda p: all(c.number == usual[c.colour] for c in p.cells)
+    assert plain == toy_env.make_problems(600) and sum(map(told, plain)) < 5
+    assert abs(sum(map(told, tied)) / 600 - 0.6) < 0.06                        # three standard errors
+    answers = {}
+    for p in filter(told, toy_env.make_problems(600, operands=2, prior=1.0)):
+        assert answers.setdefault(p.question, p.answer) == p.answer
+    assert len(answers) > 60
+
+
+def test_toy_perception_counts_the_cells_that_are_read():
+    p, rng, seen = toy_env.make_problem(0, operands=4, distractors=2), random.Random(0), set()
+    for _ in range(40):
+        text = toy_env.demonstration(p, rng, misread=0.4)
+        read = dict(pair.split() for pair in re.search("<perception> (.*) </perception>", text)[1].split(", "))
+        right = sum(read[c.colour] == str(c.number) for c in p.cells) / 6
+        assert toy_env.perception(p, text) == right
+        seen.add(right)
+    assert len(seen) > 2 and toy_env.perception(p, "red 3") == 0.0
+
+
 def test_toy_the_image_shows_the_cells():
     for cell in (14, 16, 23, 32):  # no two numbers look alike, wherever they stand
         draw = lambda seed, n: toy_env._draw_image(random.Random(seed), [toy_env.Cell(1, 0, "cyan", n)], 2, cell)
@@ -1054,6 +1077,7 @@ def test_toy_the_image_shows_the_cells():
     (dict(operators=""), "operators='': expected some of"), (dict(operators="+/"), "operators='+/': expected some of"),
     (dict(low=-1), "low=-1, high=9: expected 0 <= low"), (dict(low=5, high=4), "low=5, high=4: expected"),
     (dict(high=100), "high=100: expected 0 <= low <= high <= 99"), (dict(cell=13), "cell=13: expected at least 14"),
+    (dict(prior=-0.1), "prior=-0.1: expected a share"), (dict(prior=1.5), "prior=1.5: expected a share"),
     (dict(split="test"), "split='test': expected 'train' or 'eval'"),
     (dict(operators="×", low=5), "operators='×', low=5, high=9: results of 3 operands hardly ever stay in 0 … 99"),
 ], ids=str)
@@ -1721,7 +1745,8 @@ def test_train_metrics_of_an_iteration_match_loops(mini, monkeypatch):
     over_tokens = lambda x: statistics.fmean(float(x[i, t]) for i, n in enumerate(lengths) for t in range(n))
     borders = [{n - 1, *sorted(range(n), key=lambda t: -x[t])[: math.ceil(0.3 * n)]}
                for n, x in zip(lengths, scored.entropy)]
-    faithful, right = (statistics.fmean(map(f, roll.problems, roll.texts)) for f in (toy_env.faithful, toy_env.reward))
+    faithful, right, read = (statistics.fmean(map(f, roll.problems, roll.texts))
+                             for f in (toy_env.faithful, toy_env.reward, toy_env.perception))
     expected = dict(
         entropy=over_tokens(scored.entropy), kl=over_tokens(scored.log_probs - scored.ref_log_probs), reward=0.5,
         segments_per_response=statistics.fmean(map(len, borders)), response_length=statistics.fmean(lengths),
@@ -1732,7 +1757,8 @@ def test_train_metrics_of_an_iteration_match_loops(mini, monkeypatch):
     monkeypatch.setattr(train_small, "rollout", lambda *args, **mode: modes.append(mode) or roll)
     result, _ = train_small.evaluate(config, None, None, roll.problems)
     accuracies = dict.fromkeys(["accuracy_greedy", "accuracy_sampled", "accuracy_paper"], right)
-    assert result == pytest.approx(accuracies | dict(faithful_sampled=faithful)) and 0 < right < 1
+    assert result == pytest.approx(accuracies | dict(faithful_sampled=faithful, perception_sampled=read))
+    assert 0 < right < 1 and 0 < read < 1
     assert sorted(modes, key=len) == [{}, dict(greedy=True), dict(temperature=0.6, top_p=0.95)]
 
     problem, wrong = next((p, t) for p, t in zip(roll.problems, roll.texts) if toy_env.first_error(p, t))
@@ -2005,11 +2031,21 @@ def test_study_cells_and_intervals():
     assert high == pytest.approx(draws[int(0.975 * 5**5)], abs=0.21)
 
 
+def test_study_counts_right_answers_with_a_false_statement_by_kind(slipped):
+    roll, _ = slipped
+    said = "<perception> {} </perception> <think> {}\n10 - green 5 = 5 </think> <answer> 5 </answer>".format
+    texts = [said("red 3, blue 7, green 5", "red 3 + blue 7 = 10"), said("red 8, blue 7, green 5", "red 3 + blue 7 = 10"),
+             said("red 8, blue 7, green 5", "red 8 + blue 7 = 10"), said("red 3, blue 7, green 5", "red 3 + blue 8 = 10"),
+             *roll.texts]
+    roll = roll._replace(problems=roll.problems * 5, texts=texts, mask=roll.mask.expand(5, -1), truncated=torch.zeros(5) > 0)
+    assert study.lucky_by_kind(roll) == dict(lucky_reading=0.4, lucky_operand=0.2, lucky_result=0.0)
+
+
 def test_study_reports_each_method_at_its_best_rate():
     rows = [r["row"] for r in map(json.loads, (p.read_text() for p in (study.HERE / "runs").glob("*.json"))) if "row" in r]
     for algo, best in study.BEST.items():
         jobs = {lr: study.command(dict(study.setting(algo, lr=lr), seed=0)) for lr in study.RATES}
-        found = {lr: r["accuracy_sampled"] for lr, job in jobs.items() for r in rows if r["command"] == job}
+        found = {lr: r["accuracy_paper"] for lr, job in jobs.items() for r in rows if r["command"] == job}
         assert len(found) == len(study.RATES) and found[best] == max(found.values()), (algo, found)
 
 
