@@ -2044,7 +2044,7 @@ def test_study_counts_right_answers_with_a_false_statement_by_kind(slipped):
 def test_study_reports_each_method_at_its_best_rate():
     rows = [r["row"] for r in map(json.loads, (p.read_text() for p in (study.HERE / "runs").glob("*.json"))) if "row" in r]
     for algo, best in study.BEST.items():
-        jobs = {lr: study.command(dict(study.setting(algo, lr=lr), seed=0)) for lr in study.RATES}
+        jobs = {lr: study.command(dict(study.setting(algo, lr=lr, **study.PAPER.get(algo, {})), seed=0)) for lr in study.RATES}
         found = {lr: r["accuracy_paper"] for lr, job in jobs.items() for r in rows if r["command"] == job}
         assert len(found) == len(study.RATES) and found[best] == max(found.values()), (algo, found)
 

@@ -3,7 +3,7 @@
     python -m results.study credit --workers 2     the measurements below: results/credit.csv, results/credit_study.png
     python -m results.study show-credit RUN        one response, coloured by who blames what: results/credit.png
 
-SAPO trains the policy. Beside it PPO's and VC-PPO's critics learn from the same rollouts, with as many updates. At
+SAPO trains the policy. Beside it the other CRITICS learn from the same rollouts, with as many updates. At
 CHECKPOINTS, on fresh rollouts of the same policy, each method assigns credit, and we measure
 
 1. blame: does -A point at the one false statement of a wrong response?
@@ -32,9 +32,9 @@ from results import study
 SEEDS = 3
 CHECKPOINTS = (5, 10, 20, 40)  # iterations
 PROMPTS, GROUP = 64, 8  # rollouts of a checkpoint
-PREFIXES, CONTINUATIONS = 128, 64
-CRITICS = ("sapo", "ppo", "vc-ppo")
-COLOURS = {"sapo": "C0", "ppo": "C1", "vc-ppo": "C2"}
+PREFIXES, CONTINUATIONS = 64, 64  # of each kind of border
+CRITICS = {"sapo": {}, "sapo, start": dict(value_at="start"), "ppo": {}, "vc-ppo": {}}  # name → options beside algo
+COLOURS = {"sapo": "C0", "sapo, start": "C9", "ppo": "C1", "vc-ppo": "C2"}
 
 
 # ------------------------------------------------------------------------------------------------------- statements
@@ -102,14 +102,16 @@ def monte_carlo(policy, processor, roll, row, t, max_tokens):
 
 
 def value_points(policy, processor, roll, values, borders, max_tokens, rng):
-    """PREFIXES borders, each of another response: [Monte-Carlo value, {critic: V}]."""
-    rows = torch.randperm(len(roll.ids), generator=rng)[:PREFIXES].tolist()
-    points = []
-    for row in rows:
-        candidates = borders[row].nonzero().flatten()
-        t = int(candidates[torch.randint(len(candidates), (), generator=rng)])
-        truth = monte_carlo(policy, processor, roll, row, t, max_tokens)
-        points.append([round(truth, 4), {name: round(float(v[row, t]), 4) for name, v in values.items()}])
+    """For each kind of border, before a segment's first or last token, PREFIXES of them, each of another response:
+    {kind: [[Monte-Carlo value, {critic: V}], …]}."""
+    points = {}
+    for kind, at in borders.items():
+        points[kind] = []
+        for row in torch.randperm(len(roll.ids), generator=rng)[:PREFIXES].tolist():
+            candidates = at[row].nonzero().flatten()
+            t = int(candidates[torch.randint(len(candidates), (), generator=rng)])
+            truth = monte_carlo(policy, processor, roll, row, t, max_tokens)
+            points[kind].append([round(truth, 4), {name: round(float(v[row, t]), 4) for name, v in values.items()}])
     return points
 
 
@@ -165,18 +167,23 @@ def weights_by_kind(roll, rewards, weights):
 # ------------------------------------------------------------------------------------------------------ the study
 
 
+def settings_of(name, **options):
+    """The full config of a critic's name."""
+    return train_small.complete(train_small.Config(**{**options, "algo": name.split(",")[0], **CRITICS[name]}))
+
+
 def measure(options, seed):
     """Train with SAPO and measure at the checkpoints: rows (iteration, part, who, measure, value, n), and the points
     (Monte-Carlo value, {critic: V}) of each checkpoint."""
-    config = train_small.complete(train_small.Config(algo="sapo", seed=seed, **options))
+    config = settings_of("sapo", seed=seed, **options)
     torch.manual_seed(seed)
     others = {}
-    for algo in CRITICS[1:]:
-        other = train_small.complete(train_small.Config(algo=algo, seed=seed, **options))
+    for name in list(CRITICS)[1:]:
+        other = settings_of(name, seed=seed, **options)
         _, _, critic, _ = train_small.load(other)
         groups = [dict(params=critic.backbone.parameters(), lr=other.critic_lr),
                   dict(params=critic.head.parameters(), lr=other.head_lr)]
-        others[algo] = other, critic, [(critic, torch.optim.AdamW(groups, weight_decay=0.0))]
+        others[name] = other, critic, [(critic, torch.optim.AdamW(groups, weight_decay=0.0))]
     processor = transformers.AutoProcessor.from_pretrained(config.model)
     processor.tokenizer.padding_side = "left"
     difficulty = train_small.difficulty(config)
@@ -186,7 +193,7 @@ def measure(options, seed):
     def watch(i, policy, critic, roll, scored, credit):
         with torch.random.fork_rng():  # measuring changes nothing in training
             torch.manual_seed(1000 * seed + i)
-            for algo, (other, its_critic, optimizers) in others.items():
+            for other, its_critic, optimizers in others.values():
                 with torch.no_grad():
                     values = its_critic(roll.ids.shape[1], **train_small.full_inputs(roll.inputs, roll.ids, roll.mask))
                 its = scored._replace(values=values)
@@ -194,7 +201,7 @@ def measure(options, seed):
                 train_small.update(other, policy, its_critic, optimizers, roll, its, its_credit, learn_policy=False)
             if i in CHECKPOINTS:
                 k = CHECKPOINTS.index(i)
-                critics = {"sapo": critic} | {algo: its_critic for algo, (_, its_critic, _) in others.items()}
+                critics = {"sapo": critic} | {name: its_critic for name, (_, its_critic, _) in others.items()}
                 found, points[i] = checkpoint(config, policy, processor, critics, held_out[k * PROMPTS :][:PROMPTS], i)
                 rows.extend(dict(seed=seed, iteration=i, **row) for row in found)
 
@@ -214,11 +221,12 @@ def checkpoint(config, policy, processor, critics, problems, seed):
             if values:
                 rows.append(dict(part="blame", who=name, measure=what, value=fmean(values), n=len(values)))
     values = {name: s.values for name, s in scored.items()}
-    borders = sapo.segment_gae(torch.zeros_like(values["sapo"]), values["sapo"], ends["entropy"], roll.mask)[2]
-    points = value_points(policy, processor, roll, values, borders, config.max_tokens, rng)
-    for name in values:
-        for what, value in value_errors(points, name).items():
-            rows.append(dict(part="values", who=name, measure=what, value=value, n=len(points)))
+    at = lambda kind: sapo.segment_gae(values["sapo"], values["sapo"], ends["entropy"], roll.mask, value_at=kind)[2]
+    points = value_points(policy, processor, roll, values, {kind: at(kind) for kind in ("start", "last")},
+                          config.max_tokens, rng)
+    for name, kind in itertools.product(values, points):
+        for what, value in value_errors(points[kind], name).items():
+            rows.append(dict(part="values", who=name, measure=f"{what}_{kind}", value=value, n=len(points[kind])))
     ends["random"] = random_ends(ends["entropy"], roll.mask, rng)
     for name, marked in ends.items():
         for what, value in border_quality(roll, marked).items():
@@ -242,8 +250,7 @@ def credit_by_method(config, policy, processor, roll, scored, rewards):
                      "srpo, sign-aware": signed}
     advantages = {name: srpo.srpo_advantages(group, w) for name, w in group_weights.items()}
     for name in scored:
-        settings = train_small.complete(train_small.Config(**{**asdict(config), "algo": name, "lam": None}))
-        settings = replace(settings, kl_coef=0.0)  # the outcome alone
+        settings = settings_of(name, **{**asdict(config), "lam": None, "kl_coef": 0.0})  # the outcome alone
         its = train_small.assign_credit(settings, policy, processor, roll, scored[name], rewards)
         advantages[name] = its.advantages
     ends = {kind: train_small.segment_ends(replace(config, segments=kind), roll, same)
@@ -253,7 +260,7 @@ def credit_by_method(config, policy, processor, roll, scored, rewards):
 
 def run(seed):
     """The measurements of one seed, or its stored ones."""
-    options = {k: v for k, v in study.setting("sapo").items() if k != "algo"}
+    options = {k: v for k, v in study.setting("sapo").items() if k not in ("algo", "value_at")}
     return study.stored(f"credit-seed-{seed}", lambda: measure(options, seed))
 
 
@@ -275,8 +282,10 @@ def credit(workers, seeds=None):
 TABLES = {  # part → caption, (measure, iteration) of its columns
     "blame": ("Blame: AUROC of −Â for the tokens of the one false statement, by iteration; then over statements",
               [("auroc_tokens", i) for i in CHECKPOINTS] + [("auroc_statements", 10), ("top1_statements", 10)]),
-    "values": ("Values against Monte Carlo: mean squared error by iteration; then explained variance and bias",
-               [("value_error", i) for i in CHECKPOINTS] + [("value_ev", 10), ("value_ev", 40), ("value_bias", 40)]),
+    "values": ("V before the last token of a segment, against Monte Carlo: mean squared error by iteration; explained "
+               "variance and bias; error before a first token",
+               [("value_error_last", i) for i in CHECKPOINTS]
+               + [("value_ev_last", 10), ("value_bias_last", 10), ("value_error_start", 10)]),
     "borders": ("Ends of segments at decision points (digits of readings and results)",
                 [(measure, i) for measure in ("precision", "recall") for i in (5, 40)]),
     "roles": ("SRPO's weights on digits, 1 on average",
@@ -299,7 +308,7 @@ def table():
     seeds = max(map(len, values.values()))
     for part, (caption, columns) in TABLES.items():
         heads = [f"{measure.replace('_', ' ')}, it. {i}" for measure, i in columns]
-        lines = [f"**{caption}** ({seeds} seeds, `python -m results.study credit`)", "",
+        lines = [f"**{caption}** (`python -m results.study credit`, seeds: {seeds})", "",
                  "| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
         for who in dict.fromkeys(w for p, w, _, _ in values if p == part):
             cells = [study.cell(values.get((part, who, measure, i), [])) for measure, i in columns]
@@ -313,8 +322,8 @@ def picture(values, points, path):
     plt = study.pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
     curves = [("blame", "auroc_tokens", "blame: AUROC over tokens"), ("blame", "top1_statements", "blame: top-1"),
-              ("values", "value_error", "error of V against Monte Carlo"),
-              ("values", "value_ev", "explained variance of V against Monte Carlo")]
+              ("values", "value_error_last", "error of V against Monte Carlo, before last tokens"),
+              ("values", "value_error_start", "error of V against Monte Carlo, before first tokens")]
     for axis, (part, measure, title) in zip(axes.flat, curves):
         for i, who in enumerate(dict.fromkeys(w for p, w, m, _ in values if (p, m) == (part, measure))):
             at = [(it, study.interval(values[part, who, measure, it])) for it in CHECKPOINTS
@@ -327,8 +336,8 @@ def picture(values, points, path):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     axis = axes.flat[4]
-    for who in CRITICS:  # tenths of V, all seeds and checkpoints from the second on
-        pairs = sorted((v[who], truth) for p in points for it in CHECKPOINTS[1:] for truth, v in p[str(it)])
+    for who in CRITICS:  # tenths of V, all seeds, checkpoints from the second on, before last tokens
+        pairs = sorted((v[who], truth) for p in points for it in CHECKPOINTS[1:] for truth, v in p[str(it)]["last"])
         parts = [pairs[k * len(pairs) // 10 : (k + 1) * len(pairs) // 10] for k in range(10)]
         axis.plot([fmean(v for v, _ in p) for p in parts], [fmean(t for _, t in p) for p in parts], marker="o", ms=3,
                   color=COLOURS[who], label=who)
