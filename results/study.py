@@ -58,7 +58,7 @@ class Study(NamedTuple):
 
 STUDIES = {
     "rates": Study("The learning rates tried for each method, on one seed",
-                   {f"{a}, {lr:g}": setting(a, lr=lr, **PAPER.get(a, {})) for a in BEST for lr in RATES}, 1),
+                   {f"{a}, {1e4 * lr:g}e-4": setting(a, lr=lr, **PAPER.get(a, {})) for a in BEST for lr in RATES}, 1),
     "table1": Study("SAPO Table 1: six methods at equal numbers of responses, each at its best learning rate",
                     {a: setting(a) for a in BEST} | {"sapo, V at start": setting("sapo", **PAPER["sapo"])}),
     "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses",
@@ -210,8 +210,8 @@ def table(name):
         rows = list(csv.DictReader(file))
     labels, seeds = list(dict.fromkeys(r["label"] for r in rows)), len({r["seed"] for r in rows})
     shown = [c for c in STUDIES[name].columns if any(r[c] for r in rows)]
-    how = f"`python -m results.study {name}`, {seeds} seed{'s' * (seeds > 1)}: mean (95 % interval)."
-    lines = [how, "",
+    fewer = "" if seeds == STUDIES[name].seeds else f" --seeds {seeds}"
+    lines = [f"`python -m results.study {name}{fewer}`, {seeds} seed{'s' * (seeds > 1)}: mean (95 % interval).", "",
              "| | " + " | ".join(c.replace("_", " ") for c in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     if name == "table1":
         bases = [rows[0].get(f"{column}_base") for column in shown]
