@@ -321,9 +321,10 @@ def picture(values, points, path):
     """Blame and value error as training goes on, calibration of the critics, precision and recall of the ends."""
     plt = study.pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
-    curves = [("blame", "auroc_tokens", "blame: AUROC over tokens"), ("blame", "top1_statements", "blame: top-1"),
-              ("values", "value_error_last", "error of V against Monte Carlo, before last tokens"),
-              ("values", "value_error_start", "error of V against Monte Carlo, before first tokens")]
+    curves = [("blame", "auroc_tokens", "blame: AUROC over tokens"),
+              ("blame", "top1_statements", "blame: top-1 over statements"),
+              ("values", "value_error_last", "squared error of V before last tokens"),
+              ("values", "value_error_start", "squared error of V before first tokens")]
     for axis, (part, measure, title) in zip(axes.flat, curves):
         for i, who in enumerate(dict.fromkeys(w for p, w, m, _ in values if (p, m) == (part, measure))):
             at = [(it, study.interval(values[part, who, measure, it])) for it in CHECKPOINTS
@@ -334,7 +335,8 @@ def picture(values, points, path):
                               alpha=0.15, lw=0)
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    axes.flat[0].set_ylim(0, 1)
+    axes.flat[0].legend(fontsize=7, ncol=2, loc="lower center")
     axis = axes.flat[4]
     for who in CRITICS:  # tenths of V, all seeds, checkpoints from the second on, before last tokens
         pairs = sorted((v[who], truth) for p in points for it in CHECKPOINTS[1:] for truth, v in p[str(it)]["last"])
@@ -360,6 +362,8 @@ def picture(values, points, path):
 def show_credit(folder, path):
     """One real response with one slip, its tokens coloured by the advantage that each method gives them: the picture of
     SAPO's Fig. 1, from a run. All rows see the same response, group and critic."""
+    if not (Path(folder or "") / "critic.pt").exists():
+        raise SystemExit(f"RUN={folder}: expected the folder of a run with a critic (sapo, ppo, vc-ppo) and --save")
     config = train_small.complete(train_small.Config(**json.loads((Path(folder) / "config.json").read_text())))
     config = replace(config, model=str(Path(folder) / "model"), algo="sapo")
     policy, processor, critic, _ = train_small.load(config)

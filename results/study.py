@@ -280,7 +280,7 @@ def picture(name, groups, metrics):
         axis.set_title(metric.replace("_", " "), fontsize=10)
         axis.set_xlabel("responses")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
     figure.suptitle(STUDIES[name].question, fontsize=11)
     figure.savefig(HERE / f"{name}.png", dpi=100)
     plt.close(figure)
