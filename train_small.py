@@ -83,7 +83,7 @@ class Config:
     segments: str = option("entropy", "where SAPO's segments end (Table 3)", choices=SEGMENTS)
     top_percent: float = option(30.0, "share of tokens that end a segment, in percent (paper: 30)")
     ratio: str = option("segment", "SAPO's importance ratio", choices=["segment", "token"])
-    value_at: str = option("last", "where SAPO reads V: official code's, faster here, or paper's", choices=["last", "start"])
+    value_at: str = option("start", "token of a segment before which SAPO reads V (official code: last)", choices=["start", "last"])
     whiten: bool = option(False, "whiten the critic methods' advantages (official code)")
     contrast: str = option("blank", "SRPO's reasoning: perception blanked, or image hidden", choices=["blank", "blind"])
     corruption: str = option("patches", "SRPO's corrupted image", choices=["patches", "noise", "blur", "blank"])

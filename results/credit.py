@@ -33,8 +33,8 @@ SEEDS = 3
 CHECKPOINTS = (5, 10, 20, 40)  # iterations
 PROMPTS, GROUP = 64, 8  # rollouts of a checkpoint
 PREFIXES, CONTINUATIONS = 64, 64  # of each kind of border
-CRITICS = {"sapo": {}, "sapo, start": dict(value_at="start"), "ppo": {}, "vc-ppo": {}}  # name → options beside algo
-COLOURS = {"sapo": "C0", "sapo, start": "C9", "ppo": "C1", "vc-ppo": "C2"}
+CRITICS = {"sapo": {}, "sapo, V at last": dict(value_at="last"), "ppo": {}, "vc-ppo": {}}  # name → options beside algo
+COLOURS = {"sapo": "C0", "sapo, V at last": "C9", "ppo": "C1", "vc-ppo": "C2"}
 
 
 # ------------------------------------------------------------------------------------------------------- statements
@@ -260,7 +260,7 @@ def credit_by_method(config, policy, processor, roll, scored, rewards):
 
 def run(seed):
     """The measurements of one seed, or its stored ones."""
-    options = {k: v for k, v in study.setting("sapo").items() if k not in ("algo", "value_at")}
+    options = {k: v for k, v in study.setting("sapo").items() if k != "algo"}
     return study.stored(f"credit-seed-{seed}", lambda: measure(options, seed))
 
 
@@ -282,10 +282,10 @@ def credit(workers, seeds=None):
 TABLES = {  # part → caption, (measure, iteration) of its columns
     "blame": ("Blame: AUROC of −Â for the tokens of the one false statement, by iteration; then over statements",
               [("auroc_tokens", i) for i in CHECKPOINTS] + [("auroc_statements", 10), ("top1_statements", 10)]),
-    "values": ("V before the last token of a segment, against Monte Carlo: mean squared error by iteration; explained "
-               "variance and bias; error before a first token",
-               [("value_error_last", i) for i in CHECKPOINTS]
-               + [("value_ev_last", 10), ("value_bias_last", 10), ("value_error_start", 10)]),
+    "values": ("V before the first token of a segment, against Monte Carlo: mean squared error by iteration; explained "
+               "variance and bias; error before a last token",
+               [("value_error_start", i) for i in CHECKPOINTS]
+               + [("value_ev_start", 10), ("value_bias_start", 10), ("value_error_last", 10), ("value_error_last", 40)]),
     "borders": ("Ends of segments at decision points (digits of readings and results)",
                 [(measure, i) for measure in ("precision", "recall") for i in (5, 40)]),
     "roles": ("SRPO's weights on digits, 1 on average",
@@ -338,8 +338,8 @@ def picture(values, points, path):
     axes.flat[0].set_ylim(0, 1)
     axes.flat[0].legend(fontsize=7, ncol=2, loc="lower center")
     axis = axes.flat[4]
-    for who in CRITICS:  # tenths of V, all seeds, checkpoints from the second on, before last tokens
-        pairs = sorted((v[who], truth) for p in points for it in CHECKPOINTS[1:] for truth, v in p[str(it)]["last"])
+    for who in CRITICS:  # tenths of V, all seeds, checkpoints from the second on, before first tokens
+        pairs = sorted((v[who], truth) for p in points for it in CHECKPOINTS[1:] for truth, v in p[str(it)]["start"])
         parts = [pairs[k * len(pairs) // 10 : (k + 1) * len(pairs) // 10] for k in range(10)]
         axis.plot([fmean(v for v, _ in p) for p in parts], [fmean(t for _, t in p) for p in parts], marker="o", ms=3,
                   color=COLOURS[who], label=who)
