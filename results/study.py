@@ -71,6 +71,8 @@ STUDIES = {
     "table3-last": Study("The same with V before a segment's last token, where the official code reads it",
                          {s: setting("sapo", value_at="last", **({} if s == "entropy" else dict(segments=s)))
                           for s in train_small.SEGMENTS}, 2),
+    "figure3": Study("SAPO Fig. 3: lift of large value jumps at high-entropy tokens (Eq. 12), by quantile of entropy",
+                     {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")}, columns=tuple(f"lift_{q}" for q in QUANTILES)),
     "figure5": Study("SAPO Fig. 5: the share of tokens that end a segment",
                      {f"{k} %": setting("sapo", **({} if k == 30 else dict(top_percent=float(k))))
                       for k in (5, 10, 20, 30, 50, 100)}),
@@ -188,11 +190,20 @@ def study(name, workers, seeds=None):
         names = ["label", *columns, *bases, "seed", "seconds", "command", "torch", "transformers"]
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(dict(result["row"], label=label) for label, runs in groups.items() for result in runs)
-    picture(name, {label: [result["history"] for result in runs] for label, runs in groups.items()}, curves)
-    if name == "table1":
-        figure3([result["history"] for result in groups["sapo"]])
+        writer.writerows(result["row"] | dict(label=label, **means(result["history"], columns))
+                         for label, runs in groups.items() for result in runs)
+    histories = {label: [result["history"] for result in runs] for label, runs in groups.items()}
+    if name == "figure3":
+        figure3(histories)
+    else:
+        picture(name, histories, curves)
     return table(name)
+
+
+def means(history, columns):
+    """Means of lift over a run."""
+    of = {c: [row[c] for row in history if row.get(c) is not None] for c in columns if c.startswith("lift")}
+    return {c: round(statistics.fmean(values), 4) for c, values in of.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -233,23 +244,22 @@ def cell(texts):
     return mean + (f" ({low}–{high})" if len(values) > 1 else "")
 
 
-PICTURES = dict(table1=["table1", "figure3"])  # of studies with others than their own
 MARKS = "<!-- results: python -m results.study readme -->", "<!-- end of results -->"
 
 
 def with_results(text):
     """README text with its results section made anew from the CSVs: the first table open, the others folded."""
     before, rest = text.split(MARKS[0])
-    blocks = [block(STUDIES[name].question, table(name), PICTURES.get(name, [name]), opened=name == "table1")
+    blocks = [block(STUDIES[name].question, table(name), name, opened=name == "table1")
               for name in STUDIES if (HERE / f"{name}.csv").exists()]
     if (HERE / "credit.csv").exists():
-        blocks.append(block("Where the credit goes: blame, values, borders, roles", credit.table(), ["credit_study"]))
+        blocks.append(block("Where the credit goes: blame, values, borders, roles", credit.table(), "credit_study"))
     return before + "\n\n".join([MARKS[0], *blocks, MARKS[1]]) + rest.split(MARKS[1])[1]
 
 
-def block(title, tables, pictures, opened=False):
-    shown = "\n\n".join([tables, *(f"![{name}](results/{name}.png)" for name in pictures)])
-    return f"<details{' open' * opened}>\n<summary><b>{title}</b></summary>\n\n{shown}\n\n</details>"
+def block(title, tables, picture, opened=False):
+    return (f"<details{' open' * opened}>\n<summary><b>{title}</b></summary>\n\n{tables}\n\n"
+            f"![{picture}](results/{picture}.png)\n\n</details>")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -287,25 +297,23 @@ def picture(name, groups, metrics):
     plt.close(figure)
 
 
-def figure3(histories):
+def figure3(groups):
     """SAPO Fig. 3: lift against the quantile of entropy, early, middle and late in training; mean and interval."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    rows = [row for row in histories[0][1:]]
-    third = -(-len(rows) // 3)
-    for i, when in enumerate(("early", "middle", "late")):
-        means = []
-        for q in QUANTILES:
-            part = [[r[f"lift_{q}"] for r in h[1:][i * third : (i + 1) * third] if r[f"lift_{q}"] is not None]
-                    for h in histories]
-            means.append(interval([statistics.fmean(x) for x in part]))
-        axis.plot(QUANTILES, [m[0] for m in means], marker="o", color=f"C{i}", label=when)
-        axis.fill_between(QUANTILES, [m[1] for m in means], [m[2] for m in means], color=f"C{i}", alpha=0.2, lw=0)
-    axis.axhline(1, color="black", lw=0.8)
-    axis.set(xlabel="quantile of entropy", ylabel="lift of large value jumps (Eq. 12)",
-             title=f"SAPO Fig. 3: lift, thirds of training, {len(histories)} seeds")
-    axis.legend()
-    axis.grid(alpha=0.3)
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.6), layout="constrained", sharey=True)
+    for axis, (label, histories) in zip(axes, groups.items()):
+        third = -(-(len(histories[0]) - 1) // 3)
+        for i, when in enumerate(("early", "middle", "late")):
+            rows = [history[1:][i * third : (i + 1) * third] for history in histories]
+            at = [interval([means(part, [f"lift_{q}"])[f"lift_{q}"] for part in rows]) for q in QUANTILES]
+            axis.plot(QUANTILES, [m[0] for m in at], marker="o", color=f"C{i}", label=when)
+            axis.fill_between(QUANTILES, [m[1] for m in at], [m[2] for m in at], color=f"C{i}", alpha=0.2, lw=0)
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set(xlabel="quantile of entropy", title=f"critic of {label}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("lift of large value jumps (Eq. 12)")
+    axes[0].legend()
+    figure.suptitle(STUDIES["figure3"].question, fontsize=11)
     figure.savefig(HERE / "figure3.png", dpi=100)
     plt.close(figure)
 
