@@ -190,7 +190,8 @@ def segment_gae(rewards: Tensor, values: Tensor, ends: Tensor, mask: Tensor, gam
     """Generalised advantage estimation with segments for time steps. Eq. 6-7 (arXiv 2605.01327).
 
     rewards, values (B, T); gamma, lam in [0, 1] (Table 7: 1 and 0.99). value_at: "start" reads V before the
-    first token of a segment (the paper's s_m), "last" before its last token (official code, Fig. 2).
+    first token of a segment (the paper's s_m), "last" before its last token (official code, Fig. 2). "last" is a
+    baseline that knows all but the last token: for ends at the uncertain token only, not for ends of lines.
     lam_returns: another lambda for the returns, as VC-PPO has; None means lam.
     -> advantages, returns (B, T): constant over a segment, 0 on padding, no gradient; value_mask, bool
     (B, T): the one token of each segment whose value was read, and is to be trained.

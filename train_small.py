@@ -64,7 +64,7 @@ class Config:
 
     algo: str = option("sapo", "the algorithm", choices=list(ALGORITHMS))
     seed: int = option(0, "seed of sampling, problems and mini-batches")
-    iterations: int = option(40, "iterations; each samples, scores and updates (paper: 200)")
+    iterations: int = option(30, "iterations; each samples, scores and updates (the studies: 40; paper: 200)")
     responses: int = option(128, "responses per iteration (paper: 512)")
     mini_batches: int = option(4, "updates per epoch over the responses of an iteration (paper: 4)")
     epochs: int = option(1, "passes over the responses of an iteration (paper: 1)")
@@ -88,7 +88,7 @@ class Config:
     contrast: str = option("blank", "SRPO's reasoning: perception blanked, or image hidden", choices=["blank", "blind"])
     corruption: str = option("patches", "SRPO's corrupted image", choices=["patches", "noise", "blur", "blank"])
     sign_aware: bool = option(False, "SRPO: turn the weights around where the advantage is negative")
-    operands: int = option(6, "toy world: numbers in a question, 2 to 8")
+    operands: int = option(4, "toy world: numbers in a question, 2 to 8 (the studies: 6, where methods come apart)")
     distractors: int = option(0, "toy world: cells that the question does not use")
     operators: str = option("+-", "toy world: any of +-×")
     prior: float = option(0.0, "toy world: share of training problems whose question alone tells the answer")
