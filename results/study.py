@@ -60,9 +60,11 @@ STUDIES = {
                    {f"{a}, {1e4 * lr:g}e-4": setting(a, lr=lr) for a in BEST for lr in RATES}, 1),
     "table1": Study("SAPO Table 1: six methods at equal numbers of responses, each at its best learning rate",
                     {a: setting(a) for a in BEST} | {"sapo, V at last": setting("sapo", value_at="last")}),
-    "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses",
-                    {r: setting("sapo", ratio=r, responses=512, iterations=10, critic_warmup=1, mini_batches=16,
-                                epochs=2) for r in ("token", "segment")},
+    "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses; PPO and GRPO there",
+                    {name: setting(algo, responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2, **more)
+                     for name, algo, more in (("token", "sapo", dict(ratio="token")),
+                                              ("segment", "sapo", dict(ratio="segment")), ("ppo", "ppo", {}),
+                                              ("grpo", "grpo", {}))},
                     columns=(*OUTCOME, "responses_to_80", "mean_ratio_deviation", "max_ratio_deviation",
                              "clip_fraction"),
                     curves=("reward", "mean_ratio_deviation", "clip_fraction", "entropy")),
@@ -165,7 +167,7 @@ def summarise(config, history):
     row |= {f"{k}_base": first[k] for k in row}
     row["lucky"] = last["accuracy_sampled"] - last["faithful_sampled"]
     closing = train_small.summary(config, history).items()
-    row |= {name.split(",")[0]: after for name, (before, after) in closing if before is None}
+    row |= {name.split(",")[0]: None if after != after else after for name, (before, after) in closing if before is None}
     recent = [statistics.fmean(r["reward"] for r in history[max(1, i - 4) : i + 1]) for i in range(1, len(history))]
     row["responses_to_80"] = next((r["responses"] for r, mean in zip(history[1:], recent) if mean >= 0.8), None)
     for name in ("mean_ratio_deviation", "clip_fraction", "value_loss", "entropy", "response_length"):
@@ -285,7 +287,7 @@ def picture(name, groups, metrics):
                 points.setdefault(row["responses"], []).append(row[metric])
             if not points:
                 continue
-            x, ys = list(points), list(points.values())
+            x, ys = zip(*sorted(points.items()))
             axis.plot(x, [statistics.fmean(y) for y in ys], color=f"C{i}", label=label)
             axis.fill_between(x, [min(y) for y in ys], [max(y) for y in ys], color=f"C{i}", alpha=0.15, lw=0)
         axis.set_title(metric.replace("_", " "), fontsize=10)
