@@ -102,7 +102,7 @@ STUDIES = {
     "grounding": Study("Grounding: the question alone tells the answer in 60 % of training, never in evaluation",
                        {f"{a}{', prior 0.6' if p else ''}": setting(a, **({"prior": p} if p else {}))
                         for p in (0.0, 0.6) for a in ("grpo", "srpo")},
-                       columns=(*OUTCOME, "perception_sampled", "lucky", "lucky_reading", "lucky_operand"),
+                       columns=(*OUTCOME, "perception_sampled", "lucky"),
                        curves=("reward", "entropy")),
 }
 
