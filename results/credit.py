@@ -323,8 +323,8 @@ def picture(values, points, path):
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
     curves = [("blame", "auroc_tokens", "blame: AUROC over tokens"),
               ("blame", "top1_statements", "blame: top-1 over statements"),
-              ("values", "value_error_last", "squared error of V before last tokens"),
-              ("values", "value_error_start", "squared error of V before first tokens")]
+              ("values", "value_error_start", "squared error of V before first tokens"),
+              ("values", "value_error_last", "squared error of V before last tokens")]
     for axis, (part, measure, title) in zip(axes.flat, curves):
         for i, who in enumerate(dict.fromkeys(w for p, w, m, _ in values if (p, m) == (part, measure))):
             at = [(it, study.interval(values[part, who, measure, it])) for it in CHECKPOINTS
@@ -348,10 +348,13 @@ def picture(values, points, path):
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     axis = axes.flat[5]
+    spots = {}  # newline and step share one
     for who in dict.fromkeys(w for p, w, _, _ in values if p == "borders"):
-        at = [fmean(values["borders", who, m, CHECKPOINTS[0]]) for m in ("recall", "precision")]
-        axis.plot(*at, "o")
-        axis.annotate(who, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        spot = tuple(fmean(values["borders", who, m, CHECKPOINTS[0]]) for m in ("recall", "precision"))
+        spots.setdefault(spot, []).append(who)
+    for spot, names in spots.items():
+        axis.plot(*spot, "o", clip_on=False)
+        axis.annotate(", ".join(names), spot, xytext=(6, 5), textcoords="offset points", fontsize=8)
     axis.set(title=f"ends at decision points, iteration {CHECKPOINTS[0]}", xlabel="recall", ylabel="precision",
              xlim=(0, 1.1), ylim=(0, 1.1))
     axis.grid(alpha=0.3)

@@ -243,7 +243,7 @@ def cell(texts):
         return "–" if not values else f"{len(values)} of {len(texts)} runs"
     digits = 0 if min(values) > 30 else 3
     mean, low, high = (f"{x:.{digits}f}" for x in interval(values))
-    return mean + (f" ({low}–{high})" if len(values) > 1 else "")
+    return mean + (f" ({low}–{high})" if min(values) < max(values) else "")
 
 
 MARKS = "<!-- results: python -m results.study readme -->", "<!-- end of results -->"
