@@ -86,7 +86,7 @@ STUDIES = {
                      {f"{a}, {n} operands": setting(a, operands=n)
                       for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")},
                      3, curves=("reward",)),
-    "critic": Study("What the critic needs: where V is read, lambda, and features that know what is true",
+    "critic": Study("Where V is read, and lambda",
                     {"start, lambda 0.9": setting("sapo"), "last, lambda 0.9": setting("sapo", value_at="last")}
                     | {f"start, lambda {x}": setting("sapo", lam=x) for x in (0.8, 0.95, 0.99, 1.0)},
                     3),
