@@ -122,6 +122,9 @@ def complete(config):
     for name in ("iterations", "responses", "mini_batches", "epochs", "eval_every", "eval_problems", "temperature"):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name}={getattr(config, name)}: expected a number above 0")
+    if config.critic and not 0 <= config.critic_warmup < config.iterations:
+        raise ValueError(f"critic_warmup={config.critic_warmup}: expected at least 0, and less than the "
+                         f"{config.iterations} iterations, or the policy never learns")
     if config.responses % (config.group * config.mini_batches):
         raise ValueError(f"responses={config.responses}: expected a multiple of {config.mini_batches} mini-batches × "
                          f"{config.group} responses per prompt")
