@@ -52,7 +52,8 @@ class Study(NamedTuple):
     runs: dict  # label → options of train_small.py
     seeds: int = 5
     columns: tuple = (*OUTCOME, "responses_to_80", *CRITIC)
-    curves: tuple = CURVES
+    curves: tuple = CURVES  # drawn over a training; or, with `against`, at its end
+    against: str = ""  # the option that is drawn on the x axis instead of the number of responses
 
 
 STUDIES = {
@@ -77,7 +78,8 @@ STUDIES = {
                      {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")}, columns=tuple(f"lift_{q}" for q in QUANTILES)),
     "figure5": Study("SAPO Fig. 5: the share of tokens that end a segment",
                      {f"{k} %": setting("sapo", **({} if k == 30 else dict(top_percent=float(k))))
-                      for k in (5, 10, 20, 30, 50, 100)}),
+                      for k in (5, 10, 20, 30, 50, 100)},
+                     curves=("accuracy_sampled", "accuracy_paper", "faithful_sampled", "blame_auroc"), against="top_percent"),
     "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
                      columns=("value_loss",), curves=("value_loss", "explained_variance", "explained_variance_last")),
     "figure7": Study("SAPO Fig. 7: entropy and response length", {a: setting(a) for a in ("ppo", "sapo")},
@@ -85,7 +87,7 @@ STUDIES = {
     "horizon": Study("Longer chains: does the gain grow with the horizon?",
                      {f"{a}, {n} operands": setting(a, operands=n)
                       for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")},
-                     3, curves=("reward",)),
+                     3, curves=("accuracy_sampled", "accuracy_paper", "faithful_sampled"), against="operands"),
     "critic": Study("Where V is read, and lambda",
                     {"start, lambda 0.9": setting("sapo"), "last, lambda 0.9": setting("sapo", value_at="last")}
                     | {f"start, lambda {x}": setting("sapo", lam=x) for x in (0.8, 0.95, 0.99, 1.0)},
@@ -179,7 +181,7 @@ def summarise(config, history):
 
 def study(name, workers, seeds=None):
     """Run what is missing of a study; write its CSV and pictures; return its table as text."""
-    _, methods, default, columns, curves = STUDIES[name]
+    _, methods, default, columns, *_ = STUDIES[name]
     if name == "features" and not Path(UNTAUGHT).exists():
         raise SystemExit(f"{UNTAUGHT} is missing: python -m tiny_vlm.make --truth 0 --out {UNTAUGHT}")
     jobs = [dict(options, seed=seed) for seed in range(seeds or default) for options in methods.values()]
@@ -197,8 +199,10 @@ def study(name, workers, seeds=None):
     histories = {label: [result["history"] for result in runs] for label, runs in groups.items()}
     if name == "figure3":
         figure3(histories)
+    elif STUDIES[name].against:
+        outcomes(name, {label: [result["row"] for result in runs] for label, runs in groups.items()})
     else:
-        picture(name, histories, curves)
+        picture(name, histories)
     return table(name)
 
 
@@ -276,9 +280,22 @@ def pyplot():
     return pyplot
 
 
-def picture(name, groups, metrics):
-    """Mean over seeds against responses, with the range of the seeds shaded."""
-    plt = pyplot()
+def band(axis, x, at, i, label):
+    """A line of means, with the interval (mean, low, high) shaded."""
+    middle, low, high = zip(*at)
+    axis.plot(x, middle, color=f"C{i}", label=label)
+    axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, lw=0)
+
+
+def finish(figure, name):
+    figure.suptitle(STUDIES[name].question, fontsize=11)
+    figure.savefig(HERE / f"{name}.png", dpi=100)
+    pyplot().close(figure)
+
+
+def picture(name, groups):
+    """The course of training: mean over seeds against responses, with the range of the seeds shaded."""
+    plt, metrics = pyplot(), STUDIES[name].curves
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.6), layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics):
         for i, (label, histories) in enumerate(groups.items()):
@@ -288,15 +305,28 @@ def picture(name, groups, metrics):
             if not points:
                 continue
             x, ys = zip(*sorted(points.items()))
-            axis.plot(x, [statistics.fmean(y) for y in ys], color=f"C{i}", label=label)
-            axis.fill_between(x, [min(y) for y in ys], [max(y) for y in ys], color=f"C{i}", alpha=0.15, lw=0)
+            band(axis, x, [(statistics.fmean(y), min(y), max(y)) for y in ys], i, label)
         axis.set_title(metric.replace("_", " "), fontsize=10)
         axis.set_xlabel("responses")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
-    figure.suptitle(STUDIES[name].question, fontsize=11)
-    figure.savefig(HERE / f"{name}.png", dpi=100)
-    plt.close(figure)
+    finish(figure, name)
+
+
+def outcomes(name, groups):
+    """The end of training against an option: mean over seeds, with its interval shaded, one line per algorithm."""
+    plt, (_, methods, _, _, metrics, option) = pyplot(), STUDIES[name]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.6), layout="constrained", squeeze=False)
+    for axis, metric in zip(axes[0], metrics):
+        for i, algo in enumerate(dict.fromkeys(options["algo"] for options in methods.values())):
+            points = sorted((getattr(train_small.Config(**options), option), interval([row[metric] for row in groups[label]]))
+                            for label, options in methods.items() if options["algo"] == algo)
+            band(axis, *zip(*points), i, algo)
+        axis.set_title(metric.replace("_", " "), fontsize=10)
+        axis.set_xlabel(option.replace("_", " "))
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    finish(figure, name)
 
 
 def figure3(groups):
@@ -308,16 +338,13 @@ def figure3(groups):
         for i, when in enumerate(("early", "middle", "late")):
             rows = [history[1:][i * third : (i + 1) * third] for history in histories]
             at = [interval([means(part, [f"lift_{q}"])[f"lift_{q}"] for part in rows]) for q in QUANTILES]
-            axis.plot(QUANTILES, [m[0] for m in at], marker="o", color=f"C{i}", label=when)
-            axis.fill_between(QUANTILES, [m[1] for m in at], [m[2] for m in at], color=f"C{i}", alpha=0.2, lw=0)
+            band(axis, QUANTILES, at, i, when)
         axis.axhline(1, color="black", lw=0.8)
         axis.set(xlabel="quantile of entropy", title=f"critic of {label}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("lift of large value jumps (Eq. 12)")
     axes[0].legend()
-    figure.suptitle(STUDIES["figure3"].question, fontsize=11)
-    figure.savefig(HERE / "figure3.png", dpi=100)
-    plt.close(figure)
+    finish(figure, "figure3")
 
 
 def main():
