@@ -319,8 +319,9 @@ def outcomes(name, groups):
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.6), layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics):
         for i, algo in enumerate(dict.fromkeys(options["algo"] for options in methods.values())):
-            points = sorted((getattr(train_small.Config(**options), option), interval([row[metric] for row in groups[label]]))
-                            for label, options in methods.items() if options["algo"] == algo)
+            points = sorted((getattr(train_small.Config(**options), option), interval(values))
+                            for label, options in methods.items() if options["algo"] == algo
+                            if (values := [row[metric] for row in groups[label] if row[metric] is not None]))
             band(axis, *zip(*points), i, algo)
         axis.set_title(metric.replace("_", " "), fontsize=10)
         axis.set_xlabel(option.replace("_", " "))
