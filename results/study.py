@@ -245,7 +245,7 @@ def cell(texts):
     values = [float(x) for x in texts if x not in ("", None)]
     if len(values) < len(texts):
         return "–" if not values else f"{len(values)} of {len(texts)} runs"
-    digits = 0 if min(values) > 30 else 3
+    digits = 0 if max(values) > 30 else 3
     mean, low, high = (f"{x:.{digits}f}" for x in interval(values))
     return mean + (f" ({low}–{high})" if min(values) < max(values) else "")
 
