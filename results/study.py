@@ -254,9 +254,9 @@ MARKS = "<!-- results: python -m results.study readme -->", "<!-- end of results
 
 
 def with_results(text):
-    """README text with its results section made anew from the CSVs: the first table open, the others folded."""
+    """README text with its results section made anew from the CSVs: three tables open, the others folded."""
     before, rest = text.split(MARKS[0])
-    blocks = [block(STUDIES[name].question, table(name), name, opened=name == "table1")
+    blocks = [block(STUDIES[name].question, table(name), name, opened=name in ("table1", "table2", "horizon"))
               for name in STUDIES if (HERE / f"{name}.csv").exists()]
     if (HERE / "credit.csv").exists():
         blocks.append(block("Where the credit goes: blame, values, borders, roles", credit.table(), "credit_study"))
