@@ -2026,11 +2026,23 @@ def test_study_stores_a_run_and_never_repeats_it(tmp_path, monkeypatch, mini):
 
 def test_study_cells_and_intervals():
     assert study.cell(["0.5", "", "0.7"]) == "2 of 3 runs" and study.cell(["", ""]) == "–" and study.cell([0.0]) == "0.000"
+    assert study.cell(["19", "71"]) == "45 (19–71)" and study.cell(["71", "71"]) == "71"
     assert study.means([{}, {"lift_0.5": None}, {"lift_0.5": 1.0}, {"lift_0.5": 2.0}], ("lift_0.5", "kl")) == {"lift_0.5": 1.5}
     mean, low, high = study.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     draws = sorted(statistics.fmean(x) for x in itertools.product([1.0, 2.0, 3.0, 4.0, 5.0], repeat=5))
     assert mean == 3.0 and low == pytest.approx(draws[int(0.025 * 5**5)], abs=0.21)
     assert high == pytest.approx(draws[int(0.975 * 5**5)], abs=0.21)
+
+
+def test_study_draws_the_end_of_training_and_leaves_out_what_is_missing(monkeypatch):
+    figures, (_, methods, _, _, metrics, _) = [], study.STUDIES["figure5"]
+    monkeypatch.setattr(study, "finish", lambda figure, name: figures.append(figure))
+    groups = {label: [dict.fromkeys(metrics, x + i) for x in (0.25, 0.75)] for i, label in enumerate(methods)}
+    groups["5 %"][0]["blame_auroc"] = groups["20 %"][0]["blame_auroc"] = groups["20 %"][1]["blame_auroc"] = None
+    study.outcomes("figure5", groups)
+    first, *_, blamed = (axis.lines[0] for axis in figures[0].axes)
+    assert list(first.get_xdata()) == [5, 10, 20, 30, 50, 100] and list(first.get_ydata()) == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
+    assert list(blamed.get_xdata()) == [5, 10, 30, 50, 100] and list(blamed.get_ydata()) == [0.75, 1.5, 3.5, 4.5, 5.5]
 
 
 def test_study_counts_right_answers_with_a_false_statement_by_kind(slipped):

@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 
 # The setting of the studies: a chain long enough, and few enough responses, that nothing saturates.
 SETTING = dict(operands=6, iterations=40, eval_every=40)
+OFF_POLICY = dict(responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2)  # as many responses in all
 RATES = (8e-5, 1.6e-4, 3.2e-4)  # swept for each method on seed 0 (study rates); all else at its best by accuracy_paper:
 BEST = {"grpo": 1.6e-4, "gspo": 3.2e-4, "ppo": 1.6e-4, "vc-ppo": 1.6e-4, "sapo": 1.6e-4, "srpo": 1.6e-4}
 OUTCOME = ("accuracy_sampled", "accuracy_greedy", "accuracy_paper", "faithful_sampled")
@@ -62,10 +63,9 @@ STUDIES = {
     "table1": Study("SAPO Table 1: six methods at equal numbers of responses, each at its best learning rate",
                     {a: setting(a) for a in BEST} | {"sapo, V at last": setting("sapo", value_at="last")}),
     "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses; PPO and GRPO there",
-                    {name: setting(algo, responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2, **more)
-                     for name, algo, more in (("token", "sapo", dict(ratio="token")),
-                                              ("segment", "sapo", dict(ratio="segment")), ("ppo", "ppo", {}),
-                                              ("grpo", "grpo", {}))},
+                    {"token": setting("sapo", ratio="token", **OFF_POLICY),
+                     "segment": setting("sapo", ratio="segment", **OFF_POLICY),
+                     "ppo": setting("ppo", **OFF_POLICY), "grpo": setting("grpo", **OFF_POLICY)},
                     columns=(*OUTCOME, "responses_to_80", "mean_ratio_deviation", "max_ratio_deviation",
                              "clip_fraction"),
                     curves=("reward", "mean_ratio_deviation", "clip_fraction", "entropy")),
@@ -287,6 +287,17 @@ def band(axis, x, at, i, label):
     axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, lw=0)
 
 
+def panels(metrics, x):
+    """A figure with one panel for each metric, and its axes."""
+    size = (4.2 * len(metrics), 3.6)
+    figure, axes = pyplot().subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
+    for axis, metric in zip(axes[0], metrics):
+        axis.set_title(metric.replace("_", " "), fontsize=10)
+        axis.set_xlabel(x.replace("_", " "))
+        axis.grid(alpha=0.3)
+    return figure, axes[0]
+
+
 def finish(figure, name):
     figure.suptitle(STUDIES[name].question, fontsize=11)
     figure.savefig(HERE / f"{name}.png", dpi=100)
@@ -295,9 +306,9 @@ def finish(figure, name):
 
 def picture(name, groups):
     """The course of training: mean over seeds against responses, with the range of the seeds shaded."""
-    plt, metrics = pyplot(), STUDIES[name].curves
-    figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.6), layout="constrained", squeeze=False)
-    for axis, metric in zip(axes[0], metrics):
+    metrics = STUDIES[name].curves
+    figure, axes = panels(metrics, "responses")
+    for axis, metric in zip(axes, metrics):
         for i, (label, histories) in enumerate(groups.items()):
             points = {}
             for row in (row for history in histories for row in history if row.get(metric) is not None):
@@ -306,27 +317,21 @@ def picture(name, groups):
                 continue
             x, ys = zip(*sorted(points.items()))
             band(axis, x, [(statistics.fmean(y), min(y), max(y)) for y in ys], i, label)
-        axis.set_title(metric.replace("_", " "), fontsize=10)
-        axis.set_xlabel("responses")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     finish(figure, name)
 
 
 def outcomes(name, groups):
     """The end of training against an option: mean over seeds, with its interval shaded, one line per algorithm."""
-    plt, (_, methods, _, _, metrics, option) = pyplot(), STUDIES[name]
-    figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.6), layout="constrained", squeeze=False)
-    for axis, metric in zip(axes[0], metrics):
+    _, methods, _, _, metrics, option = STUDIES[name]
+    figure, axes = panels(metrics, option)
+    for axis, metric in zip(axes, metrics):
         for i, algo in enumerate(dict.fromkeys(options["algo"] for options in methods.values())):
             points = sorted((getattr(train_small.Config(**options), option), interval(values))
                             for label, options in methods.items() if options["algo"] == algo
                             if (values := [row[metric] for row in groups[label] if row[metric] is not None]))
             band(axis, *zip(*points), i, algo)
-        axis.set_title(metric.replace("_", " "), fontsize=10)
-        axis.set_xlabel(option.replace("_", " "))
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     finish(figure, name)
 
 
