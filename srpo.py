@@ -1,344 +1,331 @@
-"""SRPO, Structured Role-aware Policy Optimization: GRPO with one weight per token.
+"""SRPO: Structured Role-Aware Policy Optimization (arXiv 2605.07274, 2026), in one file.
 
-Jiang & Zou, "Structured Role-Aware Policy Optimization for Multimodal Reasoning", arXiv 2605.07274, 2026.
-Not Sample-Routed PO (2604.02288), not reflection-aware SRPO (NeurIPS 2025), not two-Staged
-history-Resampling PO (2504.14286), which share the acronym.
+NOT Sample-Routed PO (2604.02288), reflection-aware SRPO (NeurIPS 2025) or two-Staged history-Resampling PO
+(2504.14286), which share the acronym. BUILT FROM THE ABSTRACT ALONE: the formulas, their numbers (S1) to
+(S6), the tags and every default are our reading of it, not checked against the paper.
 
-Built from the abstract alone. The formulas below, the tags and every default are our reading of it, not
-checked against the paper. The numbers (S1) to (S6) are ours too, and stand on the lines that compute them.
+The idea, from the abstract: GRPO with one weight per token. Perception tokens extract visual evidence,
+reasoning tokens derive the answer from it. The policy scores its own tokens, with no teacher and no reward
+model: perception by how much it depends on the image, reasoning by how consistent it is with the perception
+generated before. One baseline per response joins both into a positive weight: a token counts more or less,
+its sign stays. Read from top to bottom, in the order in which the tensors come to be; all but the last line
+run once per rollout:
 
-The abstract says: perception tokens extract visual evidence, reasoning tokens derive the answer from it. The
-reward is GRPO's, unchanged. The policy scores its own tokens, with no teacher and no reward model: perception
-by how much it depends on the image, reasoning by how consistent it is with the perception generated before.
-One baseline per trajectory joins both into a positive weight: a token counts more or less, its sign stays.
+    advantages = group_advantages(outcome, group_size)                                       (S1), GRPO's
+    perception, reasoning = split_roles(pieces, mask)                                        P and R
+    blanked = blank_perception(token_ids, perception, blank_id); corrupted = corrupt_image(image)
+    contrasts = contrast(old_log_probs, other_log_probs, mask)                               (S2), P and R
+    weights = role_weights(contrasts, perception, reasoning)                                 (S3), (S4)
+    advantages = srpo_advantages(advantages, weights)                                        (S5)
+    loss, metrics = grpo_loss(log_probs, old_log_probs, advantages, mask)                    (S6), GRPO's
 
-    (S1)  A_i = (r_i - mean) / (std + tiny)                        over the group that shares a prompt
-    (S2)  s_t = log p(y_t | x, image)      - log p(y_t | x, corrupted image)      t a perception token, P
-          s_t = log p(y_t | x, perception) - log p(y_t | x, blanked perception)   t a reasoning token, R
-    (S3)  b_i = mean of s_t over P and R pooled: one baseline for both roles of a trajectory
-    (S4)  w_t = clip(exp((s_t - b_i) / temperature), 1 - clip, 1 + clip) / its mean over P and R; 1 elsewhere
+    (S1)  A_i = (outcome_i - mean) / (std + tiny)                  over the group that shares a prompt
+    (S2)  s_t = log p(y_t | x, image) - log p(y_t | x, corrupted image)                     t in P
+          s_t = log p(y_t | x, image, perception) - log p(y_t | x, image, blanked)          t in R
+    (S3)  b_i = mean of s_t over P and R pooled: one baseline for both roles of a response
+    (S4)  w_t = clamp(exp((s_t - b_i) / temperature), 1 - clip, 1 + clip) / its mean over P and R; 1 elsewhere
     (S5)  A_t = A_i [(1 - alpha) + alpha w_t]
-    (S6)  loss = -mean_i mean_t min(ratio A_t, clip(ratio, 1 - clip_low, 1 + clip_high) A_t) + kl_coef KL_ref
+    (S6)  loss = -mean_i mean_t min(ratio A_t, clamp(ratio, 1 - clip_low, 1 + clip_high) A_t) + kl_coef KL
 
-Read from top to bottom, in the order of a training step. Tensors are (B, T): B responses, T *response*
-tokens; `mask` is 1 on tokens, 0 on padding, which is on the right. `python srpo.py` shows an example.
+B responses, T tokens. Tensors are (B, T) over *response* tokens unless a docstring says other. `mask` is 1 on
+response tokens, 0 on the padding to their right, without holes; a row of 0s counts nothing. `outcome` (B,) is
+what the verifier says of a response. Means are over the tokens of a response, then over responses. Bad input
+raises ValueError, a wrong dtype TypeError; both name the argument, its value and what was expected.
 """
 
+import math
 import random
 import re
-import sys
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageStat
+from torch import Tensor
 
 TINY = 1e-6
+DTYPES = {"perception": torch.bool, "reasoning": torch.bool, "token_ids": torch.long}
 
 
-# ---- 1. One advantage per response: GRPO, unchanged -------------------------------------------------------
+# ---------------------------------------------------------------- one advantage per response: GRPO, unchanged
+def group_advantages(outcome: Tensor, group_size: int) -> Tensor:
+    """How much better than its group a response is. (S1); DeepSeekMath, arXiv 2402.03300.
 
-def group_advantages(rewards, group_size):
-    """(S1), DeepSeekMath 2402.03300: how much better than its group. rewards (B,) -> advantages (B,).
-
-    A group is `group_size` consecutive responses. The std is the sample one (divides by n - 1): torch's
-    default and TRL's, so the advantages are on TRL's scale. It needs two responses.
-    Raises ValueError for a reward that is not finite and for a group size that does not divide B.
+    outcome (B,), finite; a group is `group_size` consecutive responses. -> (B,), fp32. The standard deviation
+    is the sample's (n - 1), as torch's and TRL's.
 
     >>> group_advantages(torch.tensor([1, 0, 0, 1,   1, 1, 1, 1]), group_size=4)
     tensor([ 0.8660, -0.8660, -0.8660,  0.8660,  0.0000,  0.0000,  0.0000,  0.0000])
     """
-    rewards = rewards * 1.0                                          # whole numbers and booleans are welcome
-    _check(rewards.ndim == 1 and len(rewards) > 0, f"rewards: expected (B,), got {tuple(rewards.shape)}")
-    _check(group_size >= 2 and len(rewards) % group_size == 0,
-           f"group_size: expected at least 2 and a divisor of B = {len(rewards)}, got {group_size}")
-    _check(rewards.isfinite().all(), f"rewards: expected finite numbers, got {rewards.tolist()}")
-    groups = rewards.reshape(-1, group_size)                                               # (B / G, G)
+    if outcome.dim() != 1 or not len(outcome):
+        raise ValueError(f"outcome.shape is {[*outcome.shape]}: expected (B,)")
+    if group_size < 2 or len(outcome) % group_size:
+        raise ValueError(f"group_size is {group_size}: expected 2 or more, a divisor of B = {len(outcome)}")
+    _refuse([("outcome", outcome, ~outcome.isfinite(), "a finite number")])
+    groups = outcome.float().reshape(-1, group_size)                        # (B / G, G)
     centred = groups - groups.mean(1, keepdim=True)
-    advantages = centred / (groups.std(1, keepdim=True) + TINY)                            # (S1), (B / G, G)
-    # Rounding must not teach: in float32, eight equal rewards of 0.9 would give advantages of 0.056.
+    advantages = centred / (groups.std(1, keepdim=True) + TINY)             # (S1), (B / G, G)
+    # Rounding must not teach: in fp32, eight equal outcomes of 0.9 would give advantages of 0.056.
     equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0).flatten()                                    # (B,)
+    return advantages.masked_fill(equal, 0.0).flatten()                     # (B,)
 
 
-# ---- 2. Roles: which tokens look, which tokens think ------------------------------------------------------
-
+# ----------------------------------------------------------------- roles: which tokens look, which ones think
 TAGS = ["<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>"]
 FORMAT = re.compile(r"\s*<perception>(.*)</perception>\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", re.S)
 
 
-def split_roles(token_texts, mask):
-    """Perception and reasoning tokens of each response: two bool tensors (B, T). The tags are ours.
+def split_roles(pieces: list[list[str]], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Perception and reasoning tokens of each response. The tags are ours.
 
-    `token_texts[i][t]` is the decoded text of token t alone ("" for special tokens); padding is ignored.
-    It works on characters, so with any tokenizer: a token is perception (reasoning) if all its text lies in
-    the first (second) block. Tokens that touch a tag and the answer are neither, and so is every token of a
-    response that does not parse: such a response gets plain GRPO.
-    Raises ValueError if a row of texts is shorter than its response or longer than T.
+    pieces[i][t]: the decoded text of token t alone ("" for special tokens); padding is ignored. -> two bool
+    (B, T). It works on characters, so with any tokenizer: a token is perception (reasoning) if all its text
+    lies in the first (second) block. Tokens that touch a tag, the answer, and every token of a response that
+    does not parse are neither: they get plain GRPO.
 
-    >>> texts = [["<perception>", "red", "</perception>", "<think>", "so ", "red", "</think>",
-    ...           "<answer>", "red", "</answer>"]]
-    >>> [role.nonzero()[:, 1].tolist() for role in split_roles(texts, torch.ones(1, 10))]
+    >>> pieces = [["<perception>", "red", "</perception>", "<think>", "so ", "red", "</think>",
+    ...            "<answer>", "red", "</answer>"]]
+    >>> [role.nonzero()[:, 1].tolist() for role in split_roles(pieces, torch.ones(1, 10))]
     [[1], [4, 5]]
     """
-    mask = _check_mask(mask)
+    mask = _check(mask=mask)
     B, T = mask.shape
-    _check(len(token_texts) == B, f"token_texts: expected {B} rows like mask, got {len(token_texts)}")
-    perception, reasoning = [[[False] * T for _ in range(B)] for _ in range(2)]
-    for i, (texts, length) in enumerate(zip(token_texts, mask.sum(1).tolist())):
-        _check(length <= len(texts) <= T,
-               f"token_texts: expected {length} to {T} texts in row {i}, got {len(texts)}")
-        text = "".join(texts := texts[:length])
-        match = all(text.count(tag) == 1 for tag in TAGS) and FORMAT.fullmatch(text)
-        if not match:
-            continue
+    if len(pieces) != B:
+        raise ValueError(f"len(pieces) is {len(pieces)}: expected {B}, a list for each response")
+    roles = torch.zeros(2, B, T, dtype=torch.bool)
+    for i, (row, length) in enumerate(zip(pieces, mask.sum(1).tolist())):
+        if not length <= len(row) <= T:
+            raise ValueError(f"len(pieces[{i}]) is {len(row)}: expected {length} to {T}")
+        text = "".join(row[:length])
+        match = FORMAT.fullmatch(text) if all(text.count(tag) == 1 for tag in TAGS) else None
         start = 0
-        for t, piece in enumerate(texts):                            # characters start to end are token t
+        for t, piece in enumerate(row[:length] if match else []):           # token t: characters start to end
             end = start + len(piece)
-            perception[i][t] = match.start(1) <= start < end <= match.end(1)
-            reasoning[i][t] = match.start(2) <= start < end <= match.end(2)
+            for role in (0, 1):
+                roles[role, i, t] = match.start(role + 1) <= start < end <= match.end(role + 1)
             start = end
-    return torch.tensor(perception, device=mask.device), torch.tensor(reasoning, device=mask.device)
+    perception, reasoning = roles.to(mask.device)
+    return perception, reasoning
 
 
-# ---- 3. Two contexts to compare with: a corrupted image, a blanked perception -----------------------------
+# ----------------------------------------------- contexts to compare with: a corrupted image, a blanked block
+def corrupt_image(image: Image.Image, kind: str = "patches", share: float = 0.5, patch: int = 14,
+                  seed: int = 0) -> Image.Image:
+    """A new image of the same size and mode (RGB, L, RGBA) that shows less; deterministic in `seed`.
 
-def corrupt_image(image, kind="patches", ratio=0.5, patch=14, seed=0):
-    """A new PIL image of the same size and mode (RGB, L, RGBA) that shows less; deterministic in `seed`.
+    kind "patches": each patch x patch tile is blackened with probability `share` (as VPPO does, 2510.09285);
+    "noise": uniform noise, blended in by `share`; "blur": Gaussian of radius share x shorter side / 4;
+    "blank": one mean grey, whatever the share (the mean colour could still answer "which colour?").
+    Alpha is corrupted as well, as a shape may be drawn in it.
 
-    kind "patches": each patch x patch tile is blackened with probability `ratio` (as VPPO does, 2510.09285);
-    "noise": uniform noise, blended in by `ratio`; "blur": Gaussian of radius ratio x shorter side / 4;
-    "blank": one mean grey, whatever the ratio (the mean colour could still answer "which colour?").
-    Alpha is corrupted as well, as a shape may be drawn in it. Raises ValueError for any other kind or mode,
-    a ratio outside [0, 1] and a patch below 1.
-
-    >>> corrupt_image(Image.new("L", (28, 28), 255), ratio=1.0).getextrema()
+    >>> corrupt_image(Image.new("L", (28, 28), 255), share=1.0).getextrema()
     (0, 0)
     """
-    _check(image.mode in ("RGB", "L", "RGBA"), f"image: expected mode RGB, L or RGBA, got {image.mode!r}")
-    _check(0 <= ratio <= 1, f"ratio: expected a number in [0, 1], got {ratio}")
-    _check(patch >= 1, f"patch: expected at least 1 pixel, got {patch}")
+    if image.mode not in ("RGB", "L", "RGBA"):
+        raise ValueError(f"image.mode is {image.mode!r}: expected RGB, L or RGBA")
+    if kind not in ("patches", "noise", "blur", "blank"):
+        raise ValueError(f"kind is {kind!r}: expected 'patches', 'noise', 'blur' or 'blank'")
+    _check_range(0, 1, share=share)
+    _check_range(1, math.inf, patch=patch)
     rng, (width, height) = random.Random(seed), image.size
 
-    def grey(level):                                                 # an opaque grey in the image's mode
+    def grey(level):                                                        # opaque, in the image's mode
         return {"L": level, "RGB": (level,) * 3, "RGBA": (level,) * 3 + (255,)}[image.mode]
 
-    if kind == "patches":
-        out = image.copy()
-        for top in range(0, height, patch):
-            for left in range(0, width, patch):
-                if rng.random() < ratio:
-                    out.paste(grey(0), (left, top, min(left + patch, width), min(top + patch, height)))
-        return out
     if kind == "noise":
         noise = rng.randbytes(width * height * len(image.getbands()))
-        return Image.blend(image, Image.frombytes(image.mode, image.size, noise), ratio)
+        return Image.blend(image, Image.frombytes(image.mode, image.size, noise), share)
     if kind == "blur":
-        return image.filter(ImageFilter.GaussianBlur(ratio * min(width, height) / 4))
+        return image.filter(ImageFilter.GaussianBlur(share * min(width, height) / 4))
     if kind == "blank":
         return Image.new(image.mode, image.size, grey(round(ImageStat.Stat(image.convert("L")).mean[0])))
-    raise ValueError(f"kind: expected 'patches', 'noise', 'blur' or 'blank', got {kind!r}")
+    out = image.copy()
+    for top in range(0, height, patch):
+        for left in range(0, width, patch):
+            if rng.random() < share:
+                out.paste(grey(0), (left, top, min(left + patch, width), min(top + patch, height)))
+    return out
 
 
-def blank_perception(token_ids, perception, blank_id):
-    """`token_ids` (B, T) with every perception token replaced by `blank_id`; a new tensor (B, T).
+def blank_perception(token_ids: Tensor, perception: Tensor, blank_id: int) -> Tensor:
+    """The response with every perception token replaced by `blank_id`, in a new tensor.
 
-    Tags and length stay: cutting the block out would move every later token and change the format too,
-    and the contrast would measure that. Raises ValueError if the shapes differ.
+    token_ids, long (B, T); perception, bool (B, T). -> (B, T). Tags and length stay: cutting the block out
+    would move every later token and change the format too, and the contrast would measure that.
 
     >>> blank_perception(torch.tensor([[7, 8, 9]]), torch.tensor([[False, True, False]]), 0).tolist()
     [[7, 0, 9]]
     """
-    _check_shapes(token_ids=token_ids, perception=perception)
-    return token_ids.masked_fill(perception.bool(), blank_id)
+    return token_ids.masked_fill(_check(perception=perception, token_ids=token_ids), blank_id)
 
 
-# ---- 4. Scores: what does the policy lose without the evidence? -------------------------------------------
+# ------------------------------------------------- contrasts: what does the policy lose without the evidence?
+def contrast(log_probs: Tensor, other_log_probs: Tensor, mask: Tensor, clamp: float = 5.0) -> Tensor:
+    """Log-ratio of the same tokens in two contexts, clamped to +-clamp. (S2).
 
-def contrast(log_probs, other_log_probs, mask, clamp=5.0):
-    """(S2): (B, T) log-ratio of the same tokens in two contexts, clamped to +-clamp, 0 on padding.
-
-    Both come from the policy that sampled the tokens, dropout off. A token that does not need the evidence
-    scores 0. No gradient. (A "blind" reasoning score, one forward pass fewer: image corrupted - original.)
-    Raises ValueError for shapes that differ, a mask that is not a prefix, a clamp that is not positive.
+    Both (B, T) of the policy that sampled the tokens, dropout off. -> (B, T), 0 on padding, no gradient. A
+    token that does not need the evidence has 0. A "blind" contrast of reasoning, one forward pass fewer: that
+    of the corrupted image, with its sign turned.
 
     >>> contrast(torch.tensor([[-0.25, -1.0]]), torch.tensor([[-2.25, -9.0]]), torch.ones(1, 2)).tolist()
     [[2.0, 5.0]]
     """
-    _check_shapes(log_probs=log_probs, other_log_probs=other_log_probs, mask=mask)
-    _check(clamp > 0, f"clamp: expected a positive number, got {clamp}")
-    scores = (log_probs - other_log_probs).clamp(-clamp, clamp)                            # (S2), (B, T)
-    return scores.masked_fill(~_check_mask(mask), 0.0).detach()
+    mask = _check(mask=mask, log_probs=log_probs, other_log_probs=other_log_probs)
+    if not clamp > 0:
+        raise ValueError(f"clamp is {clamp}: expected a number above 0")
+    return _log_ratio(log_probs, other_log_probs, mask).clamp(-clamp, clamp).detach()  # (S2), (B, T)
 
 
-# ---- 5. Weights: from scores to a redistribution of credit ------------------------------------------------
+# ------------------------------------------------------------------------------ weights: credit handed around
+def role_weights(contrasts: Tensor, perception: Tensor, reasoning: Tensor, temperature: float = 1.0,
+                 clip: float = 0.5, form: str = "exp", sign: Tensor | None = None) -> Tensor:
+    """Weights > 0, with mean 1 over the role tokens of a response and 1 elsewhere. (S3), (S4).
 
-def role_weights(scores, perception, reasoning, temperature=1.0, clip=0.5, form="exp", sign=None):
-    """(S3), (S4): (B, T) weights > 0, with mean 1 over a response's role tokens, 1 elsewhere; no gradient.
-
-    The abstract does not give the map from scores to weights, so it is a switch. form "exp" is (S4), where
-    `clip` bounds the weights before they are divided by their mean; form "softmax" is the softmax over the
-    role tokens times their number, without a clip. Sign-free weights punish the most image-dependent tokens
-    of a wrong answer hardest; `sign` (B,), the advantages, turns s_t - b_i around where they are negative.
-    Raises ValueError for shapes that differ, overlapping roles, a score on a role token that is not finite,
-    temperature <= 0, clip outside (0, 1), an unknown form.
+    contrasts (B, T); perception, reasoning, bool (B, T), disjoint. The abstract does not give the map from
+    contrasts to weights, so it is a switch: form "exp" is (S4), where `clip` in (0, 1) bounds the weights
+    before they are divided by their mean; "softmax" is the softmax over the role tokens times their number.
+    Sign-free weights punish the most image-dependent tokens of a wrong answer hardest; `sign` (B,), such as
+    the advantages, turns s_t - b_i around where it is negative. -> (B, T), fp32, no gradient.
 
     >>> P, R = torch.tensor([[True, True, False, False]]), torch.tensor([[False, False, True, False]])
     >>> role_weights(torch.tensor([[3.0, -3.0, 0.0, 9.0]]), P, R).tolist()
     [[1.5, 0.5, 1.0, 1.0]]
     """
-    _check_shapes(scores=scores, perception=perception, reasoning=reasoning)
-    perception, reasoning = perception.bool(), reasoning.bool()
-    role, scores = perception | reasoning, scores.detach()
-    shared, broken = (perception & reasoning).nonzero().tolist(), scores[role & ~scores.isfinite()].tolist()
-    _check(not shared, f"perception, reasoning: expected no common token, got (row, token) {shared}")
-    _check(not broken, f"scores: expected finite numbers on role tokens, got {broken}")
-    _check(temperature > 0, f"temperature: expected a positive number, got {temperature}")
-    _check(0 < clip < 1, f"clip: expected a number in (0, 1), got {clip}")
-    _check(form in ("exp", "softmax"), f"form: expected 'exp' or 'softmax', got {form!r}")
-    _check(sign is None or sign.shape == scores.shape[:1],
-           f"sign: expected ({len(scores)},), got {tuple(getattr(sign, 'shape', ()))}")
+    sign = contrasts.new_ones(len(contrasts)) if sign is None else sign.detach()  # (B,)
+    sign = _to_tokens(sign=sign, contrasts=contrasts)                       # (B, T)
+    _check(lambda on: [("reasoning", reasoning, on & reasoning, "False where perception is True"),
+                       ("contrasts", contrasts, reasoning & ~contrasts.isfinite(), "a finite number"),
+                       ("sign", sign, reasoning & ~sign.isfinite(), "a finite number")],
+           perception=perception, reasoning=reasoning, contrasts=contrasts, sign=sign)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: expected a number above 0")
+    if not 0 < clip < 1:
+        raise ValueError(f"clip is {clip}: expected a number in (0, 1)")
+    if form not in ("exp", "softmax"):
+        raise ValueError(f"form is {form!r}: expected 'exp' or 'softmax'")
 
-    def role_mean(x):                                                # over P and R pooled, (B, 1)
+    role, contrasts = perception | reasoning, contrasts.detach().float()    # (B, T)
+
+    def role_mean(x):                                                       # over P and R pooled, (B, 1)
         return x.masked_fill(~role, 0.0).sum(1, keepdim=True) / role.sum(1, keepdim=True).clamp(min=1)
 
-    centred = scores - role_mean(scores)                                                   # (S3), (B, T)
-    if sign is not None:
-        centred = centred * sign.sign().unsqueeze(1)
+    centred = (contrasts - role_mean(contrasts)) * sign.sign()              # (S3), (B, T)
     if form == "exp":
-        weights = (centred / temperature).exp().clamp(1 - clip, 1 + clip)                  # (S4), (B, T)
+        weights = (centred / temperature).exp().clamp(1 - clip, 1 + clip)   # (S4), (B, T)
     else:
         weights = (centred / temperature).masked_fill(~role, -torch.inf).softmax(1)
-        weights = weights.clamp(min=torch.finfo(weights.dtype).eps)  # stays > 0 where exp underflows
+        weights = weights.clamp(min=torch.finfo(weights.dtype).eps)         # stays > 0 where exp underflows
     # Divided by their mean, the weights hand credit around within the response: none is made, none is lost.
-    weights = weights / role_mean(weights)                                                 # (S4), (B, T)
+    weights = weights / role_mean(weights)                                  # (S4), (B, T)
     return weights.masked_fill(~role, 1.0)
 
 
-# ---- 6. Advantages and loss: GRPO again -------------------------------------------------------------------
+# ---------------------------------------------------------------------------- advantages and loss: GRPO again
+def srpo_advantages(advantages: Tensor, weights: Tensor, alpha: float = 1.0) -> Tensor:
+    """Token advantages of a response's advantage and its tokens' weights. (S5).
 
-def srpo_advantages(advantages, weights, alpha=1.0):
-    """(S5): token advantages (B, T) from advantages (B,) and weights (B, T); alpha = 0 is GRPO.
-
-    Raises ValueError for other shapes and for alpha outside [0, 1], where the sign could turn.
+    advantages (B,); weights (B, T); alpha in [0, 1]: 0 is GRPO. -> (B, T), fp32, no gradient.
 
     >>> srpo_advantages(torch.tensor([-2.0]), torch.tensor([[1.5, 0.5, 1.0]])).tolist()
     [[-3.0, -1.0, -2.0]]
     """
-    shapes = [tuple(advantages.shape), tuple(weights.shape)]
-    _check(weights.ndim == 2 and shapes[0] == shapes[1][:1],
-           f"advantages, weights: expected (B,) and (B, T), got {shapes}")
-    _check(0 <= alpha <= 1, f"alpha: expected a number in [0, 1], got {alpha}")
-    return advantages.detach().unsqueeze(1) * ((1 - alpha) + alpha * weights.detach())     # (S5), (B, T)
+    _check_range(0, 1, alpha=alpha)
+    advantages = _to_tokens(advantages=advantages.detach(), weights=weights)  # (B, T)
+    return advantages * ((1 - alpha) + alpha * weights.detach().float())    # (S5), (B, T)
 
 
-def grpo_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_high=0.2, ref_log_probs=None,
-              kl_coef=0.0):
-    """(S6): the clipped loss, a scalar, and a dict of detached scalars. Gradient reaches `log_probs` only.
+def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor,
+              clip_low: float = 0.2, clip_high: float = 0.2, ref_log_probs: Tensor | None = None,
+              kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO's clipped objective, negated, with a k3 KL penalty to a reference. (S6); arXiv 2402.03300.
 
-    log_probs, old_log_probs, ref_log_probs, mask (B, T); advantages (B,) or (B, T). Every mean is over the
-    tokens of a response, then over responses. On fresh samples all diagnostics but kl_ref are 0:
-    clip_fraction, the share of tokens whose clip binds; kl_k1 and kl_k3, two unbiased estimates of
-    KL(old || new); mean_ratio_deviation and max_ratio_deviation, of |ratio - 1|; kl_ref, the k3 estimate
-    of KL(new || ref), present with ref_log_probs. k1, k3: Schulman, "Approximating KL divergence", 2020.
-    Raises ValueError for shapes that differ, a mask that is not a prefix, a clip or kl_coef out of range.
+    log_probs (B, T), differentiable; old_log_probs, ref_log_probs (B, T) and advantages, (B,) or (B, T),
+    constant; kl_coef >= 0. -> loss (); and metrics, detached, (), all but the last 0 before the first update:
+    clip_fraction (tokens whose clip binds), kl_step and kl_step_k3 (k1 and k3 estimates of KL(old || new),
+    nats a token), max_ and mean_ratio_deviation (of |ratio - 1|), kl_to_start_k3 (of KL(new || ref)).
 
     >>> new, old = torch.tensor([[0.5, 0.9]]).log(), torch.tensor([[0.5, 0.5]]).log()     # ratios 1 and 1.8
-    >>> loss, info = grpo_loss(new, old, torch.ones(1), torch.ones(1, 2))
-    >>> f"{loss:.2f} {info['clip_fraction']:.2f}"                                         # -(1 + 1.2) / 2
+    >>> loss, metrics = grpo_loss(new, old, torch.ones(1), torch.ones(1, 2))
+    >>> f"{loss:.2f} {metrics['clip_fraction']:.2f}"                                      # -(1 + 1.2) / 2
     '-1.10 0.50'
     """
+    advantages = _to_tokens(advantages=advantages, mask=mask) if advantages.dim() == 1 else advantages
     refs = {} if ref_log_probs is None else {"ref_log_probs": ref_log_probs}
-    _check_shapes(log_probs=log_probs, old_log_probs=old_log_probs, mask=mask, **refs)
-    mask = _check_mask(mask)
-    _check(advantages.shape in (mask.shape, mask.shape[:1]),
-           f"advantages: expected (B,) or (B, T) of {tuple(mask.shape)}, got {tuple(advantages.shape)}")
-    _check(0 <= clip_low < 1, f"clip_low: expected a number in [0, 1), got {clip_low}")
-    _check(clip_high >= 0, f"clip_high: expected a number >= 0, got {clip_high}")
-    _check(kl_coef >= 0, f"kl_coef: expected a number >= 0, got {kl_coef}")
-    _check(kl_coef == 0 or refs, f"ref_log_probs: expected log-probs for kl_coef = {kl_coef}, got None")
-
-    def log_ratio(a, b):                                             # 0 on padding; exp cannot overflow
-        return (a - b).masked_fill(~mask, 0.0).clamp(-20, 20)                              # (B, T)
-
-    def response_mean(x):                                            # long and short responses count the same
-        return (x.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)).mean()
-
-    def k3(d):                                                       # expm1(d) - d >= 0, zero at d = 0
-        return torch.expm1(d) - d
-
-    advantages = advantages.detach()
-    advantages = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages           # (B, 1) or (B, T)
-    log_r = log_ratio(log_probs, old_log_probs.detach())                                   # (B, T)
-    ratio = log_r.exp()
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = -response_mean(torch.minimum(free, clipped))                                    # (S6), scalar
-    deviation = (ratio - 1).abs()
-    info = {"clip_fraction": response_mean((clipped < free).to(ratio.dtype)),
-            "kl_k1": response_mean(-log_r), "kl_k3": response_mean(k3(log_r)),
-            "mean_ratio_deviation": response_mean(deviation), "max_ratio_deviation": deviation.max()}
+    mask = _check(mask=mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, **refs)
+    _check_range(0, 1, clip_low=clip_low)
+    _check_range(0, math.inf, clip_high=clip_high, kl_coef=kl_coef)
+    if kl_coef > 0 and not refs:
+        raise ValueError(f"ref_log_probs is None: expected log-probabilities, as kl_coef is {kl_coef}")
+    advantages = advantages.detach().float().masked_fill(~mask, 0.0)        # (B, T)
+    log_ratio = _log_ratio(log_probs, old_log_probs.detach(), mask)         # (B, T)
+    ratio = log_ratio.clamp(-20, 20).exp()                                  # (B, T)
+    free = ratio * advantages                                               # (B, T)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages         # (B, T)
+    loss = -_mean(torch.minimum(free, clipped), mask)                       # (S6), ()
+    moved, deviation = log_ratio.detach(), (ratio.detach() - 1).abs()       # 0 on padding, (B, T)
+    metrics = {"clip_fraction": _mean(clipped < free, mask), "kl_step": _mean(-moved, mask),
+               "kl_step_k3": _mean(_k3(moved), mask), "max_ratio_deviation": deviation.max(),
+               "mean_ratio_deviation": _mean(deviation, mask)}
     if refs:
-        info["kl_ref"] = response_mean(k3(log_ratio(ref_log_probs.detach(), log_probs)))
-        loss = loss + kl_coef * info["kl_ref"]                                             # (S6), scalar
-    return loss, {name: value.detach() for name, value in info.items()}
+        kl = _mean(_k3(_log_ratio(ref_log_probs.detach(), log_probs, mask)), mask)
+        loss, metrics["kl_to_start_k3"] = loss + kl_coef * kl, kl.detach()  # (S6), ()
+    return loss, metrics
 
 
-# ---- Checks: wrong input stops here, by name --------------------------------------------------------------
-
-def _check(ok, message):
-    if not ok:
-        raise ValueError(message)
-
-
-def _check_shapes(**tensors):
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    _check(len(set(shapes.values())) == 1 and all(len(shape) == 2 for shape in shapes.values()),
-           f"{', '.join(shapes)}: expected one shape (B, T), got {shapes}")
+# --------------------------------------------------------- helpers and checks, word for word those of sapo.py
+def _log_ratio(log_probs: Tensor, other_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """log p / p_other of each token in fp32, 0 on padding. (B, T)"""
+    return (log_probs.float() - other_log_probs.float()).masked_fill(~mask, 0.0)
 
 
-def _check_mask(mask):
-    """`mask` (B, T) as bool: ones, then zeros, with at least one 1 in a row."""
-    _check(mask.ndim == 2 and mask.numel() > 0, f"mask: expected (B, T), got {tuple(mask.shape)}")
-    ones = mask == 1
-    prefix = ones.sum(1, keepdim=True) > torch.arange(mask.shape[1], device=mask.device)   # (B, T)
-    bad = ((mask != prefix) | ~prefix[:, :1]).any(1)                                       # (B,)
-    _check(not bad.any(), f"mask: expected rows of ones (at least one), then zeros, got {mask[bad].tolist()}")
-    return ones
+def _k3(log_ratio: Tensor) -> Tensor:
+    """exp(d) - 1 - d >= 0: on tokens drawn from p, with d = log q / p, its mean is KL(p || q). (B, T)"""
+    d = log_ratio.clamp(max=20)                                             # a guard against overflow
+    return torch.expm1(d) - d
 
 
-# ---- Example ----------------------------------------------------------------------------------------------
-
-def demo():
-    """Weigh one hand-made response to "What colour is the shape left of the square?"."""
-    tag = (-.01, -.01, -.01)
-    tokens = [  # text; log-prob as sampled, with the image corrupted, with the perception blanked
-        ("<per", *tag), ("ception>", *tag), ("A", -.2, -.3, -.2), (" red", -.2, -1.7, -.2),
-        (" circle", -.3, -1.5, -.3), (" left", -.4, -1.1, -.4), (" of", -.1, -.1, -.1), (" a", -.1, -.2, -.1),
-        (" blue", -.3, -2., -.3), (" square", -.2, -.5, -.2), ("</", *tag), ("perception>", *tag),
-        ("<think>", *tag), ("Left", -.3, -.3, -.4), (" is", -.1, -.1, -.1), (" the", -.2, -.2, -.3),
-        (" circle", -.3, -.5, -1.4), (", so", -.5, -.5, -.4), (" red", -.2, -.6, -1.6),
-        ("</think>", *tag), ("<answer>", *tag), ("red", -.1, -.1, -.2), ("</answer>", *tag)]
-    texts, *columns = zip(*tokens)
-    log_probs, corrupted, blanked = torch.tensor(columns).unsqueeze(1)                     # (1, T) each
-    mask = torch.ones_like(log_probs)
-    perception, reasoning = split_roles([texts], mask)
-    scores = torch.where(perception, contrast(log_probs, corrupted, mask), contrast(log_probs, blanked, mask))
-    weights = role_weights(scores, perception, reasoning)
-    right, wrong, *_ = group_advantages(torch.tensor([1, 0, 0, 1]), 4)
-    if_right, if_wrong = [srpo_advantages(a[None], weights)[0] for a in (right, wrong)]
-
-    colours = {"perception": "36", "reasoning": "33", "": "2"} if sys.stdout.isatty() else {}
-    print(demo.__doc__, f"Rewards 1 0 0 1 give A = {right:+.3f} if right, {wrong:+.3f} if wrong.\n", sep="\n")
-    print(f"{'token':14}{'role':12}{'score':>6}{'weight':>8}  {'':14}{'A if right':>11}{'A if wrong':>12}")
-    for t, text in enumerate(texts):
-        role = "perception" if perception[0, t] else "reasoning" if reasoning[0, t] else ""
-        score, bar = f"{scores[0, t]:.2f}" if role else "", "▇" * round(8 * weights[0, t].item())
-        line = f"{text.strip():14}{role:12}{score:>6}{weights[0, t]:8.2f}  {bar:14}"
-        line += f"{if_right[t]:+11.2f}{if_wrong[t]:+12.2f}"
-        print(f"\033[{colours[role]}m{line}\033[0m" if colours else line)
-    for name, role in ("perception", perception), ("reasoning", reasoning), ("both", perception | reasoning):
-        print(f"{'mean':14}{name:12}{scores[role].mean():6.2f}{weights[role].mean():8.2f}")
-    srpo, grpo = [grpo_loss(log_probs, log_probs, a, mask)[0] for a in (if_right[None], right[None])]
-    print(f"\nLoss if right: SRPO {srpo:.3f}, GRPO {grpo:.3f}. Credit moved between tokens; none was made.")
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Over the tokens of a response, then over the responses that have any; x is 0 elsewhere. (B, T) -> ()"""
+    tokens = mask.sum(1)                                                    # (B,)
+    return (x.sum(1, dtype=torch.float32) / tokens.clamp(min=1)).sum() / (tokens > 0).sum().clamp(min=1)
 
 
-if __name__ == "__main__":
-    demo()
+def _to_tokens(**pair: Tensor) -> Tensor:
+    """A (B,) tensor in fp32, on each token of its response: (B, T) as the tensor named second."""
+    (name, x), (other, like) = pair.items()
+    if like.dim() != 2:
+        raise ValueError(f"{other}.shape is {[*like.shape]}: expected (B, T)")
+    if x.shape != like.shape[:1]:
+        raise ValueError(f"{name}.shape is {[*x.shape]}: expected (B,), [{len(like)}]")
+    return x.float()[:, None].expand(like.shape)
+
+
+def _check(more: Callable = lambda on: [], **tensors: Tensor) -> Tensor:
+    """The first tensor, a mask, as bool (B, T), if it and the others mean something. more(on): as _refuse."""
+    (first, mask), *_ = tensors.items()
+    for name, x in tensors.items():
+        if mask.dim() != 2 or x.shape != mask.shape or not x.numel():
+            raise ValueError(f"{name}.shape is {[*x.shape]}: expected (B, T), like {first} {[*mask.shape]}")
+        if name != "mask" and not (x.dtype == DTYPES[name] if name in DTYPES else x.is_floating_point()):
+            raise TypeError(f"{name}.dtype is {x.dtype}: expected {DTYPES.get(name, 'floating point')}")
+    on = mask.bool()                                                        # (B, T)
+    wrong = [(first, mask, (mask != 0) & (mask != 1), "0 or 1")]
+    if first == "mask":                                                     # others may have holes
+        wrong.append(("mask", mask, on & ~F.pad(on[:, :-1], (1, 0), value=True), "0 after a 0"))
+    wrong += [(name, x, on & ~x.isfinite(), "a finite number") for name, x in tensors.items()]
+    _refuse(wrong + more(on))
+    return on
+
+
+def _refuse(wrong: list[tuple[str, Tensor, Tensor, str]]) -> None:
+    """ValueError at the first mark of a (name, x, marks, expected). One look at the device, more to raise."""
+    if torch.stack([marks.any() for _, _, marks, _ in wrong]).any():
+        name, x, marks, expected = next(each for each in wrong if each[2].any())
+        place = marks.nonzero()[0].tolist()
+        raise ValueError(f"{name} is {x[tuple(place)].item()} at {place}: expected {expected}")
+
+
+def _check_range(low: float, high: float, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not low <= number <= high:
+            raise ValueError(f"{name} is {number}: expected a number in [{low}, {high}]")
