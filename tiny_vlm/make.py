@@ -1,17 +1,17 @@
 """Make tiny_vlm/ again, from its configuration: `python -m tiny_vlm.make`.
 
-A LLaVA-class model of 1.4 million parameters that reads the pictures of toy_env.py. It is given what a real VLM
-brings from its own pretraining, and no more:
+A LLaVA-class model of 1.3 million parameters that reads the pictures of toy_env.py. It is given what a real
+VLM brings from its own pretraining, and no more:
 
-- its vision tower learns to tell digits and colours apart, cell by cell, before there is any text (in its absence the
-  digits stay at chance for 1,000 steps of imitation, long after everything else is learned);
-- it imitates a *sloppy teacher* (toy_env.demonstration), so it reads and computes, but with the teacher's slips and
-  habits, and these are what reinforcement learning is to remove;
-- an auxiliary linear head learns to tell after every token whether all statements so far are true. The head is
-  thrown away; the features it made stay. A critic needs them: a model that has only imitated cannot tell a
-  true statement from a false one, and no outcome reward teaches it that in a few thousand responses.
+- Its vision tower learns to tell digits and colours apart, cell by cell, before there is any text. Without
+  this the digits stay at chance for 1,000 steps of imitation, long after everything else is learned.
+- It imitates a *sloppy teacher* (toy_env.demonstration). So it reads and computes, but with the teacher's
+  slips and habits: these are what reinforcement learning is to remove.
+- An auxiliary linear head learns to tell after every token whether all statements so far are true. The head
+  is thrown away; the features it made stay. A critic needs them: a model that has only imitated cannot tell a
+  true statement from a false one, and no outcome teaches it that in a few thousand responses.
 
-Read in this order: make_processor → make_model → pretrain_vision → batch → pretrain → card.
+Read in this order: make_processor → make_model → pretrain_vision → batch → pretrain → write_card.
 """
 
 import argparse
@@ -38,9 +38,10 @@ TEMPLATE = (
 )  # the system turn, an instruction for models that have not seen the format, is left out
 
 
-def make_processor():
+def make_processor() -> transformers.LlavaProcessor:
     """Word-level tokenizer (digits apart), Pillow image processor and chat template, as a LlavaProcessor."""
-    colours, signs = [c + " " for c in toy_env.COLOURS], [s for o in toy_env.OPERATORS for s in (o + " ", f" {o} ")]
+    colours = [c + " " for c in toy_env.COLOURS]
+    signs = [s for o in toy_env.OPERATORS for s in (o + " ", f" {o} ")]
     tags = ["<perception> ", " </perception> ", "<think> ", " </think> ", "<answer> ", " </answer>"]
     words = [*map(str, range(10)), *colours, *signs, "-", "= ", " = ", "?", ", ", "\n", *tags]
     special = ["<pad>", "<eos>", "<unk>", "<image>"]
@@ -48,28 +49,28 @@ def make_processor():
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        padding_side="left", extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
     )
     side = GRID * CELL
     images = transformers.SiglipImageProcessorPil(size={"height": side, "width": side})
-    return transformers.LlavaProcessor(
-        images, fast, patch_size=CELL, vision_feature_select_strategy="full", chat_template=TEMPLATE
-    )
+    return transformers.LlavaProcessor(images, fast, patch_size=CELL, chat_template=TEMPLATE,
+                                       vision_feature_select_strategy="full")
 
 
-def make_model(tokenizer, width=128, layers=4, vision_layers=2):
-    """A LlavaForConditionalGeneration: a SigLIP tower, a projector, a Llama. initializer_range is about
-    1 / sqrt(width); the default 0.02 is for wide models."""
-    scale = 0.9 * width**-0.5
+def make_model(tokenizer, width: int = 128, layers: int = 4, vision_layers: int = 2) -> torch.nn.Module:
+    """A LlavaForConditionalGeneration: a SigLIP tower, a projector and a Llama."""
+    scale = 0.9 * width**-0.5  # of the initial weights: the default, 0.02, is for wide models
+    ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     vision = transformers.SiglipVisionConfig(
-        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=vision_layers, num_attention_heads=4,
-        image_size=GRID * CELL, patch_size=CELL, vision_use_head=False,
+        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=vision_layers,
+        num_attention_heads=4, image_size=GRID * CELL, patch_size=CELL, vision_use_head=False,
     )
     text = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=512, initializer_range=scale, tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        num_attention_heads=4, max_position_embeddings=512, initializer_range=scale,
+        tie_word_embeddings=False, bos_token_id=None, **ids,
     )
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id,
@@ -77,14 +78,14 @@ def make_model(tokenizer, width=128, layers=4, vision_layers=2):
     )
     config.initializer_range = scale
     model = transformers.LlavaForConditionalGeneration(config)
-    model.generation_config = transformers.GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    model.generation_config = transformers.GenerationConfig(**ids)
     return model
 
 
-def pretrain_vision(model, processor, steps, size=64, lr=2e-3, seed=0, device="cpu"):
-    """Teach tower and projector to see: linear heads, thrown away, name the number and the colour of each slot."""
+def pretrain_vision(model, processor, steps: int, size: int = 64, lr: float = 2e-3, seed: int = 0,
+                    device: str = "cpu") -> float:
+    """Teach tower and projector to see: linear heads, thrown away, name number and colour of each slot.
+    -> the share of numbers right in the last batch."""
     rng, colours = random.Random(seed), list(toy_env.COLOURS)
     numbers = toy_env.LARGEST + 1
     head = torch.nn.Linear(model.config.text_config.hidden_size, numbers + len(colours) + 1, device=device)
@@ -103,23 +104,23 @@ def pretrain_vision(model, processor, steps, size=64, lr=2e-3, seed=0, device="c
                 number[i, cell.row * GRID + cell.column] = cell.number
                 colour[i, cell.row * GRID + cell.column] = colours.index(cell.colour)
         pixels = processor.image_processor([p.image for p in problems], return_tensors="pt")["pixel_values"]
-        features = torch.stack(list(model.model.get_image_features(pixels.to(device)).pooler_output))  # (B, slots, H)
-        scores = head(features).cpu()
-        loss = F.cross_entropy(scores[..., :numbers].flatten(0, 1), number.flatten(), ignore_index=-100)
-        loss = loss + F.cross_entropy(scores[..., numbers:].flatten(0, 1), colour.flatten())
+        features = model.model.get_image_features(pixels.to(device)).pooler_output
+        logits = head(torch.stack(list(features))).cpu()  # (B, slots, numbers and colours)
+        loss = F.cross_entropy(logits[..., :numbers].flatten(0, 1), number.flatten(), ignore_index=-100)
+        loss = loss + F.cross_entropy(logits[..., numbers:].flatten(0, 1), colour.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        right = (scores[..., :numbers].argmax(-1) == number)[number >= 0].float().mean()
+        right = (logits[..., :numbers].argmax(-1) == number)[number >= 0].float().mean()
         if step % 50 == 0:
             bar.write(f"vision {step}: loss {loss:.3f}, numbers right {right:.3f}")
     return float(right)
 
 
-def batch(processor, rng, size, operands):
-    """Demonstrations of one difficulty: the model's inputs, the response ids (B, T), their mask, and for each
-    token whether every statement that has ended by then is true (B, T)."""
+def batch(processor, rng: random.Random, size: int, operands: int) -> tuple:
+    """Demonstrations of one difficulty. -> the model's inputs, the response's token ids (B, T), their mask
+    (B, T), and for each token whether every statement that has ended by then is true (B, T)."""
     levels = [
         dict(operands=operands, distractors=rng.randint(0, min(3, GRID * GRID - operands)),
              operators=rng.choice(("+-", "+-", "+-", "+-×")))
@@ -135,27 +136,26 @@ def batch(processor, rng, size, operands):
         add_special_tokens=False, return_tensors="pt",
     )
     errors = [toy_env.first_error(p, r) for p, r in zip(problems, responses)]
-    wrong_from = torch.tensor([e.end if e else 10**9 for e in errors])  # (B,) character where the first error ends
+    wrong_from = torch.tensor([e.end if e else 10**9 for e in errors])  # (B,) where the first error ends
     true_so_far = encoded["offset_mapping"][..., 1] < wrong_from[:, None]  # (B, T)
     return inputs, encoded["input_ids"], encoded["attention_mask"], true_so_far
 
 
-def pretrain(model, processor, steps, size=64, lr=1e-3, seed=0, truth=1.0, device="cpu", every=50, save=None):
-    """Imitation plus `truth` times the loss of the auxiliary head. The hardest chain grows from 3 to 8 operands over
-    the first half of the steps; the rate warms up, stays, and falls to zero over the last third. Returns the AUROC, at
-    the ends of fresh demonstrations, of the head that is then thrown away."""
+def pretrain(model, processor, steps: int, size: int = 64, lr: float = 1e-3, seed: int = 0,
+             truth: float = 1.0, device: str = "cpu", every: int = 50, save: str | None = None) -> float:
+    """Imitation plus `truth` times the loss of the auxiliary head. The hardest chain grows from 3 to 8
+    operands over the first half of the steps. The rate warms up, stays, and falls to 0 over the last third.
+    -> the AUROC, at the ends of fresh demonstrations, of the head that is then thrown away."""
     rng = random.Random(seed)
     head = torch.nn.Linear(model.config.text_config.hidden_size, 1, device=device)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     bar = trange(steps, desc="imitation")
     for step in bar:
-        rate = lr * min(1.0, (step + 1) / 100, 3 * (1 - step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 100, 3 * (1 - step / steps))
         hardest = min(8, 3 + 10 * step // steps)
-        inputs, ids, mask, true_so_far = batch(processor, rng, size, rng.randint(2, hardest))
-        inputs, ids, mask, true_so_far = (x.to(device) for x in (inputs, ids, mask, true_so_far))
+        drawn = batch(processor, rng, size, rng.randint(2, hardest))
+        inputs, ids, mask, true_so_far = (x.to(device) for x in drawn)
         length = ids.shape[1]
         hidden = model.model(
             input_ids=torch.cat([inputs["input_ids"], ids], 1), pixel_values=inputs["pixel_values"],
@@ -178,47 +178,45 @@ def pretrain(model, processor, steps, size=64, lr=1e-3, seed=0, truth=1.0, devic
 
 
 @torch.no_grad()
-def truth_auroc(model, head, processor, rng, device, batches=16):
-    """The chance that the head scores a faultless demonstration above a faulty one, judged at their last tokens."""
-    scores, labels = [], []
+def truth_auroc(model, head, processor, rng: random.Random, device: str, batches: int = 16) -> float:
+    """The chance that the head puts a faultless demonstration above a faulty one, at their last tokens."""
+    judged, labels = [], []
     for i in range(batches):
         inputs, ids, mask, true_so_far = batch(processor, rng, 64, 2 + i % 7)
-        whole = train_small.full_inputs(inputs, ids, mask)
-        hidden = model.model(**{k: x.to(device) for k, x in whole.items()}).last_hidden_state[:, -ids.shape[1] :]
+        whole = {k: x.to(device) for k, x in train_small.full_inputs(inputs, ids, mask).items()}
+        hidden = model.model(**whole).last_hidden_state[:, -ids.shape[1] :]
         rows, last = torch.arange(64), mask.sum(1) - 1
-        scores.append(head(hidden[rows, last])[:, 0].cpu())
+        judged.append(head(hidden[rows, last])[:, 0].cpu())
         labels.append(true_so_far[rows, last])
-    scores, labels = torch.cat(scores), torch.cat(labels)
-    return float((scores[labels][:, None] > scores[~labels]).float().mean())
+    judged, labels = torch.cat(judged), torch.cat(labels)
+    return float((judged[labels][:, None] > judged[~labels]).float().mean())
 
 
-# ---------------------------------------------------------------- the card
-
-
-def errors(policy, processor, operands, n=512, **mode):
-    """Accuracy on held-out problems, and the share of responses whose first false statement is of each kind."""
+# --------------------------------------------------------------------------------------------------- the card
+def errors(policy, processor, operands: int, n: int = 512, **mode) -> tuple[float, dict[str, float]]:
+    """Accuracy on held-out problems, and the share of responses by kind of first false statement."""
     config = train_small.complete(train_small.Config(algo="grpo", operands=operands, eval_problems=n))
     problems = train_small.eval_problems(config)
     roll = train_small.rollout(policy, processor, problems, config.max_tokens, **mode)
     first = [toy_env.first_error(p, t) for p, t in zip(problems, roll.texts)]
     kinds = {kind: sum(e is not None and e.kind == kind for e in first) / n for kind in KINDS}
-    return float(roll.rewards().mean()), kinds
+    return float(roll.outcome().mean()), kinds
 
 
 KINDS = ("reading", "operand", "result", "answer", "format")
 CARD = """# tiny_vlm
 
-A LLaVA-class model (SigLIP tower, projector, Llama; {parameters:,} parameters, {size:.1f} MB) that reads the pictures
-of `toy_env.py` and computes with slips and habits: the base model of `train_small.py`. Nothing in it was downloaded.
-`AutoProcessor` and `AutoModelForImageTextToText` load it with `from_pretrained("tiny_vlm")`, as any other.
+A LLaVA-class model (SigLIP tower, projector, Llama; {parameters:,} parameters, {size:.1f} MB) that reads the
+pictures of `toy_env.py` and computes with slips and habits: the base model of `train_small.py`. Nothing in it
+was downloaded. `AutoProcessor` and `AutoModelForImageTextToText` load it with `from_pretrained("tiny_vlm")`.
 
 Made by `{command}` (seed {seed}) in {minutes:.0f} minutes on {device}, with {versions}.
-It imitated demonstrations with 2 to 8 operands and 0 to 3 distractors, a quarter of them with ×, by a teacher with
-{teacher}. An auxiliary head learned to tell whether all statements so far are true (AUROC {auroc:.3f} at the
-end of fresh demonstrations) and was thrown away.
+It imitated demonstrations with 2 to 8 operands and 0 to 3 distractors, a quarter of them with ×, by a teacher
+with {teacher}. An auxiliary head learned to tell whether all statements so far are true (AUROC
+{auroc:.3f} at the end of fresh demonstrations) and was thrown away.
 
-Held-out problems ({n} per row, + and -): accuracy, and the share of responses by the kind of their first false
-statement. Wrong readings and results are the teacher's; wrong operands and unreadable responses, the model's own.
+Held-out problems ({n} per row, + and -): accuracy, and share of responses by kind of first false statement.
+Wrong readings and results are the teacher's; wrong operands and unreadable responses, the model's own.
 
 | operands | decoding | accuracy | reading | operand | result | answer | format |
 |---|---|---|---|---|---|---|---|
@@ -226,7 +224,7 @@ statement. Wrong readings and results are the teacher's; wrong operands and unre
 """
 
 
-def write_card(out, policy, processor, n=512, **facts):
+def write_card(out: str, policy, processor, n: int = 512, **facts) -> None:
     """Measure the model and write OUT/README.md."""
     torch.manual_seed(0)
     rows = []
@@ -235,22 +233,23 @@ def write_card(out, policy, processor, n=512, **facts):
             accuracy, kinds = errors(policy, processor, operands, n, **mode)
             shares = " | ".join(f"{kinds[kind]:.3f}" for kind in KINDS)
             rows.append(f"| {operands} | {name} | {accuracy:.3f} | {shares} |")
-    facts |= dict(parameters=policy.num_parameters(), size=(Path(out) / "model.safetensors").stat().st_size / 1e6)
-    facts |= dict(teacher=", ".join(f"{k} {v}" for k, v in TEACHER.items()), rows="\n".join(rows), n=n)
+    facts |= dict(parameters=policy.num_parameters(), rows="\n".join(rows), n=n)
+    facts["size"] = (Path(out) / "model.safetensors").stat().st_size / 1e6  # MB
+    facts["teacher"] = ", ".join(f"{k} {v}" for k, v in TEACHER.items())
     facts["versions"] = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     (Path(out) / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write")
     parser.add_argument("--steps", type=int, default=3600, help="steps of imitation, 64 demonstrations each")
-    parser.add_argument("--vision-steps", type=int, default=1000, help="steps of vision pretraining, 64 images each")
+    parser.add_argument("--vision-steps", type=int, default=1000, help="steps of seeing, 64 images each")
     parser.add_argument("--truth", type=float, default=1.0, help="weight of the auxiliary head; 0: none")
-    parser.add_argument("--card-problems", type=int, default=512, help="held-out problems per row of the card")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=train_small.best_device())
+    parser.add_argument("--card-problems", type=int, default=512, help="held-out problems a row of the card")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the demonstrations")
+    parser.add_argument("--device", default=train_small.best_device(), help="cuda, mps or cpu")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     processor = make_processor()
@@ -260,11 +259,12 @@ def main(arguments=None):
     auroc = pretrain(model, processor, options.steps, truth=options.truth, save=options.out, **more)
     model.eval().save_pretrained(options.out)
     processor.save_pretrained(options.out)
-    changed = {k: v for k, v in vars(options).items() if k not in ("out", "device") and v != parser.get_default(k)}
-    command = " ".join(["python -m tiny_vlm.make", *(f"--{k.replace('_', '-')} {v}" for k, v in changed.items())])
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    write_card(options.out, model, processor, options.card_problems, auroc=auroc, command=command, seed=options.seed,
-               minutes=(time.time() - start) / 60, device=device)
+    changed = {k: v for k, v in vars(options).items() if v != parser.get_default(k)}
+    given = [f"--{k.replace('_', '-')} {v}" for k, v in changed.items() if k not in ("out", "device")]
+    gpu = options.device == "cuda"
+    write_card(options.out, model, processor, options.card_problems, auroc=auroc, seed=options.seed,
+               minutes=(time.time() - start) / 60, command=" ".join(["python -m tiny_vlm.make", *given]),
+               device=torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""What several test files need. They run from the repository root: `python -m pytest -q`."""
+
+import pytest
+import torch
+import transformers
+
+import toy_env
+from tiny_vlm import make
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """The folder of an untrained miniature whose saved settings are all wrong for training."""
+    folder = tmp_path_factory.mktemp("mini")
+    torch.manual_seed(0)
+    processor = make.make_processor()
+    processor.tokenizer.padding_side = "right"
+    model = make.make_model(processor.tokenizer, width=32, layers=1, vision_layers=1)
+    model.config.text_config.attention_dropout = model.config.vision_config.attention_dropout = 0.5
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id,
+        do_sample=True, temperature=0.3, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5,
+        no_repeat_ngram_size=2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def coin(monkeypatch):
+    """A reward that an untrained miniature gets now and then."""
+    monkeypatch.setattr(toy_env, "reward", lambda problem, text: float(len(text) % 2))
