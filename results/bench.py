@@ -1,0 +1,156 @@
+"""Speed: the phases of an iteration against the bare model, and GRPO here against TRL's.
+
+    python -m results.bench --algo grpo     any options of train_small.py
+    python -m results.bench --trl           first: pip install -r requirements.txt trl==1.16.0
+
+Against TRL, both take turns in one process, on the same model, images and questions. Each iteration samples
+128 responses (16 prompts × 8), and takes four steps of 32 responses with the same loss: a clip at 1 ± 0.2 and
+a k3 KL penalty of 0.01, averaged over a response's tokens, then over responses.
+"""
+
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from statistics import median
+
+import torch
+import transformers
+
+import sapo
+import toy_env
+import train_small
+
+
+# ----------------------------------------------------------------------------------------------------- phases
+def bench(config: train_small.Config, repeats: int = 5) -> dict[str, float]:
+    """Median seconds of each phase of an iteration, and of the bare model on as many tokens. Printed, with
+    responses per second and peak memory."""
+    config = train_small.complete(config)
+    torch.manual_seed(config.seed)
+    policy, processor, critic, reference = train_small.load(config)
+    optimizers = train_small.make_optimizers(config, policy, critic)
+    stream, taken = train_small.problem_stream(config), defaultdict(list)
+
+    def timed(name, function, *args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if config.device == "cuda":
+            torch.cuda.synchronize()
+        taken[name].append(time.perf_counter() - start)
+        return result
+
+    def algorithm(roll, scored, outcome):
+        """All that the algorithm adds to model and optimizer: credit, losses, and their gradients."""
+        credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome)
+        log_probs = scored.log_probs.clone().requires_grad_()
+        train_small.policy_objective(config, log_probs, scored, credit, roll.mask)[0].backward()
+        if critic:
+            values = scored.values.clone().requires_grad_()
+            sapo.value_loss(values, credit.returns, credit.value_mask).backward()
+        return credit
+
+    for _ in range(repeats + 1):
+        problems = train_small.take_prompts(config, stream)
+        roll = timed("sampling", train_small.rollout, policy, processor, problems, config.max_tokens)
+        outcome = timed("outcome", roll.outcome)
+        timed("scoring", train_small.score_all, config, policy, reference, None, roll)
+        if critic:
+            with torch.no_grad():
+                timed("critic", train_small.value, critic, roll.inputs, roll.ids, roll.mask)
+        scored = train_small.score_all(config, policy, reference, critic, roll)
+        credit = timed("algorithm", algorithm, roll, scored, outcome)
+        timed("update", train_small.update, config, policy, critic, optimizers, roll, scored, credit)
+        T, banned = roll.ids.shape[1], train_small.banned_ids(policy) or None
+        settings = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T, suppress_tokens=banned)
+        timed("bare generate", policy.generate, **roll.inputs, **settings)
+        whole = train_small.full_inputs(roll.inputs, roll.ids, roll.mask)
+        whole |= dict(logits_to_keep=T + 1, use_cache=False)
+        with torch.no_grad():
+            timed("bare forward", policy, **whole)
+        timed("bare forward + backward", lambda: policy(**whole).logits.sum().backward())
+        policy.zero_grad()
+
+    seconds = {name: median(x[1:]) for name, x in taken.items()}  # the first one warms up
+    iteration = sum(s for name, s in seconds.items() if not name.startswith("bare"))
+    beside = {"sampling": ("bare generate", 1), "scoring": ("bare forward", 1 + bool(reference)),
+              "critic": ("bare forward", 1), "update": ("bare forward + backward", 1 + bool(critic))}
+    print(f"{config.algo}, {config.responses} responses, {config.device}, {torch.get_num_threads()} threads")
+    for name, s in seconds.items():
+        bare, models = beside.get(name, ("", 1))
+        share = "" if name.startswith("bare") else f"{s / iteration:7.1%}"
+        times = f"{s / models / seconds[bare]:6.2f} × {models} {bare}" if bare else ""
+        print(f"{name:24}{1000 * s:9.1f} ms{share}{times}")
+    print(f"{config.responses / iteration:.0f} responses/s, peak memory {peak_memory(config.device):.2f} GiB")
+    return seconds
+
+
+def peak_memory(device: str) -> float:
+    """GiB: of the GPU, else of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# -------------------------------------------------------------------------------------------------------- TRL
+def ours(iterations: int) -> float:
+    """Seconds per iteration of train_small.train, without its evaluations."""
+    marks = []
+    with tempfile.TemporaryDirectory() as out:
+        more = dict(eval_every=10**6, eval_problems=8, lr=1e-6, out=out)
+        config = train_small.Config(algo="grpo", iterations=iterations + 2, **more)
+        train_small.train(config, on_iteration=lambda *_: marks.append(time.perf_counter()))
+    return (marks[-2] - marks[0]) / iterations  # the last iteration ends with an evaluation
+
+
+def theirs(iterations: int) -> float:
+    """Seconds per 128 responses of TRL's GRPOTrainer."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    config = train_small.complete(train_small.Config(algo="grpo"))
+    rows = toy_env.make_dataset(16 * (iterations + 2), **train_small.difficulty(config))
+    rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
+    policy, processor, *_ = train_small.load(config)
+    marks = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            marks.append(time.perf_counter())
+
+    def correct(completions, answer, **_):
+        return [float(toy_env.stated_answer(c[0]["content"]) == a) for c, a in zip(completions, answer)]
+
+    with tempfile.TemporaryDirectory() as out:
+        settings = GRPOConfig(
+            out, per_device_train_batch_size=32, steps_per_generation=4, num_generations=8, temperature=1.0,
+            max_steps=4 * (iterations + 1), max_completion_length=config.max_tokens, learning_rate=1e-6,
+            loss_type="grpo", epsilon=0.2, beta=0.01, use_bias_correction_kl=False, scale_rewards="group",
+            gradient_checkpointing=False, bf16=False, use_cpu=config.device == "cpu", shuffle_dataset=False,
+            logging_steps=10**6, save_strategy="no", report_to="none", disable_tqdm=True)
+        GRPOTrainer(policy, correct, settings, rows.remove_columns("question"), processing_class=processor,
+                    callbacks=[Clock()]).train()
+    return (marks[-1] - marks[3]) / iterations
+
+
+def compare(iterations: int = 6, rounds: int = 3) -> None:
+    """Print the seconds per 128 responses of each round, and the median ratio."""
+    pairs = []
+    for i in range(rounds):
+        pairs.append((ours(iterations), theirs(iterations)))
+        print(f"round {i}: ours {pairs[-1][0]:.2f} s, TRL {pairs[-1][1]:.2f} s", flush=True)
+    print(f"responses per second, ours / TRL: {median(b / a for a, b in pairs):.2f}")
+
+
+def main() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if sys.argv[1:] == ["--trl"]:
+        compare()
+    else:
+        bench(train_small.parse_arguments())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""results/: what is committed is what the committed runs give, and what the measurements mean, by hand."""
+
+import ast
+import itertools
+import json
+import re
+import statistics
+
+import pytest
+import torch
+
+import sapo
+import toy_env
+import train_small
+from results import bench, credit, study
+
+ROOT = study.HERE.parent
+SMALL = dict(operands=2, responses=16, mini_batches=2, eval_problems=8, max_tokens=12, seed=0)
+
+
+def imports(path):
+    """The modules that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+    from_ = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {*names, *(f"{node.module}.{a.name}" for node in from_ for a in node.names)}
+
+
+def test_arrows_run_one_way():
+    for name in ("sapo.py", "srpo.py", "toy_env.py", "train_small.py"):
+        assert not [module for module in imports(ROOT / name) if module.startswith("results")], name
+    assert not {"results.credit", "results.bench"} & imports(study.HERE / "study.py")
+    assert "results.study" in imports(study.HERE / "credit.py")
+
+
+# ------------------------------------------------------------------------------------------ what is committed
+@pytest.fixture
+def no_training(monkeypatch):
+    """Every committed run must be found: a missing one would ask for a pool of processes."""
+    monkeypatch.setattr(study, "multiprocessing", None)
+
+
+def test_runs_are_named_by_their_options_and_a_row_is_what_its_history_gives():
+    paths = sorted((study.HERE / "runs").iterdir())
+    assert len(paths) == 200 and all(len(path.name) <= 60 for path in paths)
+    for path in paths:
+        run = json.loads(path.read_text())
+        kind = "credit" if "points" in run else ""
+        assert path == study.path_of(run["options"], kind), path.name
+        if not kind:
+            assert run["row"]["command"] == study.command(run["options"])
+            assert run["row"].items() >= study.summarise(run["history"]).items(), path.name
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_csvs_and_tables_are_what_the_committed_runs_give(name, no_training):
+    rows = study.rows_of(name, study.runs_of(name))
+    committed = (study.HERE / f"{name}.csv").read_bytes().decode()
+    assert study.as_csv(rows) == committed
+    readme = (study.HERE / "README.md").read_text(encoding="utf-8")
+    assert study.with_tables(readme, {name: study.table(name, rows)}) == readme
+    assert f"]({name}.png)" in readme and (study.HERE / f"{name}.png").exists()
+
+
+def test_credit_csv_and_tables_are_what_the_committed_runs_give(no_training):
+    rows = credit.rows_of()
+    assert study.as_csv(rows) == (study.HERE / "credit.csv").read_bytes().decode()
+    readme = (study.HERE / "README.md").read_text(encoding="utf-8")
+    assert study.with_tables(readme, {part: credit.table(part, rows) for part in credit.TABLES}) == readme
+    found = set(re.findall("<!-- table (.*) -->", readme))
+    assert found == {*study.STUDIES, *credit.TABLES}
+
+
+def test_each_method_runs_at_its_best_rate(no_training):
+    runs = {label: run["row"]["accuracy_paper"] for label, (run,) in study.runs_of("rates").items()}
+    for algo, best in study.BEST.items():
+        mine = {label: x for label, x in runs.items() if label.startswith(f"{algo}, ")}
+        assert len(mine) == len(study.RATES) and max(mine, key=mine.get) == f"{algo}, {1e4 * best:g}e-4"
+
+
+# ------------------------------------------------------------------------------------------------------ study
+def test_study_keeps_a_run_and_never_repeats_it(tmp_path, monkeypatch, mini, no_training):
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    (tmp_path / "runs").mkdir()
+    options = dict(SMALL, algo="sapo", model=str(mini), iterations=2, critic_warmup=1, lr=1e-4)
+    study.keep(study.train_once, options, study.path_of(options))
+    run, = study.kept([options], study.train_once)
+    assert run["options"] == options and len(run["history"]) == 3
+    assert {f"lift_{q}" for q in study.QUANTILES} <= set(run["history"][-1])
+    assert run["row"]["accuracy_sampled"] == run["history"][-1]["accuracy_sampled"]
+    assert study.path_of(dict(options, lr=2e-4)) != study.path_of(options)
+    assert study.path_of(dict(reversed(options.items()))) == study.path_of(options)
+    with pytest.raises(AttributeError):  # another run: it would be trained
+        study.kept([dict(options, seed=1)], study.train_once)
+
+
+def test_settings_share_a_run_where_an_option_is_at_its_default():
+    assert study.setting("sapo", segments="entropy", top_percent=30.0) == study.setting("sapo")
+    assert study.setting("gspo", lr=1.6e-4)["lr"] == 1.6e-4 != study.setting("gspo")["lr"]
+    assert study.setting("sapo", value_at="last")["value_at"] == "last"
+    assert study.setting("grpo", prior=0.6)["prior"] == 0.6
+
+
+def test_cells_intervals_and_tables():
+    assert study.cell([0.5, None, 0.7]) == "2 of 3 runs" and study.cell([None]) == "–" == study.cell([])
+    assert study.cell([19, 71]) == "45 (19–71)" and study.cell([71, 71]) == "71"
+    assert study.interval([1.0, 2.0, 6.0]) == (3.0, 1.0, 6.0)  # of up to three: min–max
+    mean, low, high = study.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    draws = sorted(map(statistics.fmean, itertools.product([1.0, 2.0, 3.0, 4.0, 5.0], repeat=5)))
+    assert mean == 3.0 and low == pytest.approx(draws[int(0.025 * 5**5)], abs=0.21)
+    assert high == pytest.approx(draws[int(0.975 * 5**5)], abs=0.21)
+    spreads = {1: "1 seed", 3: "3 seeds: mean (min–max)", 5: "5 seeds: mean (95 % interval)"}
+    for seeds, spread in spreads.items():
+        table = study.markdown("x", [dict(label="l", seed=i, a_b=0.1) for i in range(seeds)], ["a_b", "c"])
+        assert table == f"`python -m x`, {spread}.\n\n| | a b | c |\n|---|---|---|\n| l | 0.100 | – |"
+    text = "a\n<!-- table x -->\nold\n<!-- end -->\nb <!-- table y -->\n<!-- end -->"
+    assert study.with_tables(text, {"x": "new"}) == text.replace("old", "new")
+
+
+def test_a_critic_is_summed_up_while_there_is_something_to_explain():
+    rewards = [0.1, 0.2, 0.3, 0.5, 0.9, 0.4]
+    start = dict(responses=0, accuracy_sampled=0.2, faithful_sampled=0.1)
+    rows = [dict(start, responses=i, reward=r, value_loss=1.0, blame_auroc=float(i), max_ratio_deviation=i)
+            for i, r in enumerate(rewards, 1)]
+    row = study.summarise([start, *rows])
+    assert row["blame_auroc"] == statistics.fmean([2, 3, 4])  # from 6 / 3 until the reward is 0.9
+    assert row["explained_variance_last"] is None and row["max_ratio_deviation"] == 6
+    assert row["lucky"] == pytest.approx(0.1) and row["responses_to_80"] is None
+
+
+def test_pictures_leave_out_what_is_missing(tmp_path, monkeypatch):
+    its = study.STUDIES["figure5"]
+    runs = {label: [dict(options=options, row=dict.fromkeys(its.curves, x + i)) for x in (0.25, 0.75)]
+            for i, (label, options) in enumerate(its.runs.items())}
+    for run in (runs["5 %"][0], *runs["20 %"]):
+        run["row"]["blame_auroc"] = None
+    panels = study.lines("figure5", runs)
+    whole = {k: [0.25 + i, 0.75 + i] for i, k in enumerate((5, 10, 20, 30, 50, 100))}
+    assert panels["accuracy_paper"]["sapo"] == whole
+    del whole[20]
+    assert panels["blame_auroc"]["sapo"] == whole | {5: [0.75]}
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    study.draw("figure5", dict(panels, nothing={"sapo": {}}))
+    assert (tmp_path / "figure5.png").stat().st_size > 1000
+
+
+# ----------------------------------------------------------------------------------------------------- credit
+@pytest.fixture
+def slipped():
+    """A rollout of one wrong response with one false statement, 3 + 7 = 11; and where its digits are."""
+    numbers = {"red": 3, "blue": 7, "green": 5}
+    cells = tuple(toy_env.Cell(0, i, colour, n) for i, (colour, n) in enumerate(numbers.items()))
+    steps = toy_env.Step(3, "+", "blue", 7, 10), toy_env.Step(10, "-", "green", 5, 5)
+    problem = toy_env.Problem(None, "red + blue - green = ?", "5", cells, steps)
+    text = ("<perception> red 3, blue 7, green 5 </perception> <think> red 3 + blue 7 = 11\n"
+            "11 - green 5 = 6 </think> <answer> 6 </answer>")
+    pieces = re.findall(r"\d|[^\d]+", text)
+    assert "".join(pieces) == text
+    mask = torch.ones(1, len(pieces), dtype=torch.bool)
+    roll = train_small.Rollout([problem], {}, mask.long(), mask, ~mask[:, 0], [pieces], [text])
+    names = ["red", "blue", "green", "a", "b", "tens", "ones", "c", "d", "e", "result", "answer"]
+    return roll, dict(zip(names, (i for i, p in enumerate(pieces) if p.isdigit())))
+
+
+def test_blame_points_at_the_false_statement(slipped):
+    roll, at = slipped
+    advantages = torch.zeros(roll.mask.shape)
+    n, found = credit.blame(roll, advantages)
+    assert n == 1 and found["auroc_tokens"] == found["auroc_statements"] == 0.5
+    advantages[0, [at["tens"], at["ones"]]] = -1.0
+    perfect = dict(auroc_tokens=1.0, auroc_statements=1.0, top1_statements=1.0)
+    assert credit.blame(roll, advantages) == (1, perfect)
+    advantages[0, at["answer"]] = -2.0  # now the answer is blamed most
+    _, found = credit.blame(roll, advantages)
+    assert found["auroc_tokens"] == pytest.approx(1 - 1 / (len(roll.pieces[0]) - 2))
+    assert found["top1_statements"] == 0
+    right = roll._replace(texts=[roll.texts[0].replace("= 6", "= 5").replace("> 6 <", "> 5 <")])
+    assert credit.blame(right, advantages) == (0, {})  # a right response
+
+
+def test_ends_and_roles_by_hand(slipped):
+    roll, at = slipped
+    ends = torch.zeros_like(roll.mask)
+    ends[0, [at["red"], at["tens"], at["c"], -1]] = True  # the last end is given: 2 of 3 are right
+    decisions = {at[k] for k in ("red", "blue", "green", "tens", "ones", "result")}
+    assert credit.quality_of_ends(roll, ends) == dict(precision=2 / 3, recall=2 / len(decisions))
+    weights = torch.arange(float(roll.mask.shape[1]))[None]
+    assert credit.weights_by_kind(roll, weights) == {
+        "true reading": statistics.fmean(at[k] for k in ("red", "blue", "green")), "computed": at["result"],
+        "copied": statistics.fmean(at[k] for k in ("a", "b", "c", "d", "e")),
+        "false result": (at["tens"] + at["ones"]) / 2}
+
+
+def test_random_ends_are_as_many_elsewhere_and_uniform():
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.arange(13) < torch.randint(1, 14, (50, 1), generator=rng)
+    ends, last = sapo.ends_by_entropy(torch.rand(50, 13, generator=rng), mask), sapo.ends_once(mask)
+    drawn = torch.stack([credit.random_ends(ends, mask, rng) for _ in range(200)])
+    assert (drawn.sum(2) == ends.sum(1)).all() and not (drawn & ~mask).any() and (drawn & last).any(2).all()
+    inner = mask & ~last
+    expected = ((ends.sum(1) - 1) / inner.sum(1).clamp(min=1))[:, None].expand_as(mask)
+    assert ((drawn.float().mean(0) - expected)[inner].abs() < 0.17).all()  # 5 standard errors
+
+
+def test_random_ends_follow_the_mask_to_its_device(monkeypatch):
+    monkeypatch.setattr(sapo, "ends_once", lambda mask: mask & False)  # its checks look at the data
+    mask = torch.ones(3, 5, dtype=torch.bool, device="meta")
+    assert credit.random_ends(mask, mask, torch.Generator()).device == mask.device
+
+
+def test_value_error_is_freed_of_sampling_noise():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.rand(4000, generator=g, dtype=torch.float64)
+    mc = torch.bernoulli(truth.expand(credit.CONTINUATIONS, -1), generator=g).mean(0)
+    v = truth + 0.1 + 0.2 * torch.randn(4000, generator=g, dtype=torch.float64)
+    found = credit.value_errors([(m, {"critic": x}) for m, x in zip(mc.tolist(), v.tolist())], "critic")
+    assert found["value_error"] == pytest.approx(0.1**2 + 0.2**2, abs=0.003)
+    assert found["value_bias"] == pytest.approx(0.1, abs=0.02)
+    assert found["value_ev"] == pytest.approx(1 - 0.2**2 * 12, abs=0.04)  # a uniform's variance is 1 / 12
+
+
+def test_monte_carlo_of_a_finished_answer_is_its_outcome():
+    config = train_small.complete(train_small.Config(operands=2, device="cpu"))
+    policy, processor, *_ = train_small.load(config)
+    torch.manual_seed(0)
+    roll = train_small.rollout(policy, processor, toy_env.make_problems(12, operands=2), config.max_tokens)
+    outcomes, lengths = roll.outcome().tolist(), roll.mask.sum(1).tolist()
+    for outcome in (0.0, 1.0):
+        row = outcomes.index(outcome)
+        first, last = (credit.monte_carlo(policy, processor, roll, row, t, config.max_tokens)
+                       for t in (0, lengths[row] - 2))
+        assert last == pytest.approx(outcome, abs=0.05) and abs(first - outcome) > 0.02
+
+
+def test_the_credit_study_runs_on_the_miniature(mini, monkeypatch):
+    for name, value in dict(CHECKPOINTS=(1,), PROMPTS=2, PREFIXES=4, CONTINUATIONS=2).items():
+        monkeypatch.setattr(credit, name, value)
+    options = dict(SMALL, algo="sapo", model=str(mini), iterations=1, critic_warmup=0, lr=1e-4, device="cpu")
+    found = credit.measure(options)
+    assert {row["part"] for row in found["rows"]} >= {"values", "ends", "policy"}
+    assert {row["who"] for row in found["rows"] if row["part"] == "values"} == set(credit.CRITICS)
+    assert set(found["points"][1]) == {"start", "last"} and len(found["points"][1]["last"]) == 4
+
+
+def test_a_slip_is_drawn_with_a_line_for_each_method(slipped):
+    roll, at = slipped
+    rows = {name: torch.linspace(-1, 1, len(roll.pieces[0])) for name in ("grpo", "sapo")}
+    figure = credit.draw_slip(roll.pieces[0], [at["tens"], at["ones"]], rows, roll.mask[0].tolist())
+    assert [axis.get_ylabel() for axis in figure.axes] == ["GRPO", "SAPO"]
+    assert "".join(text.get_text() for text in figure.axes[1].texts) == "".join(
+        piece.strip(" ").replace("\n", "↵") for piece in roll.pieces[0])
+
+
+@pytest.mark.parametrize("algo", ["sapo", "grpo"])
+def test_bench_times_the_phases_of_the_miniature(algo, mini, capsys):
+    seconds = bench.bench(train_small.Config(**SMALL, algo=algo, model=str(mini), device="cpu"), repeats=1)
+    expected = {"sampling", "outcome", "scoring", "algorithm", "update", "bare generate", "bare forward",
+                "bare forward + backward"}
+    assert set(seconds) == expected | ({"critic"} if algo == "sapo" else set())
+    assert min(seconds.values()) > 0 and "responses/s" in capsys.readouterr().out
