@@ -36,6 +36,7 @@ USUAL = {colour: i for i, colour in enumerate(COLOURS)}  # above the lowest numb
 OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "×": lambda a, b: a * b}
 TAGS = ("<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>")
 LARGEST = 99  # true running results stay in 0 … 99
+FONT = ImageFont.load_default_imagefont()  # a bitmap: digits do not depend on a font library
 
 
 class Cell(NamedTuple):
@@ -140,8 +141,8 @@ def _draw_steps(rng, asked, operators):
 
 
 def _draw_image(rng, cells, grid, cell):
-    """Cells that differ in size, place, shade, digit size and digit place. Only integer geometry, Pillow's
-    built-in bitmap font and nearest-neighbour scaling, so that pixels do not depend on a font library."""
+    """Cells that differ in size, place, shade, digit size and digit place. Only integer geometry, a bitmap
+    font and nearest-neighbour scaling, so that the same arguments give the same pixels everywhere."""
     floor = rng.randint(15, 70)
     image = Image.new("RGB", (grid * cell, grid * cell), (floor, floor, floor))
     unit = cell // 14
@@ -164,7 +165,7 @@ def _draw_image(rng, cells, grid, cell):
 def _glyphs(text):
     """The number as a 1-bit mask, 6 pixels a digit, 9 pixels high."""
     mask = Image.new("1", (6 * len(text), 11))
-    ImageDraw.Draw(mask).text((0, 0), text, fill=1, font=ImageFont.load_default_imagefont())
+    ImageDraw.Draw(mask).text((0, 0), text, fill=1, font=FONT)
     return mask.crop((0, 1, 6 * len(text), 10))
 
 
