@@ -45,7 +45,7 @@ def batch(B=7, T=13, seed=0, shortest=1):
     d.ends = (rand() > 0.6) | (torch.arange(T) == lengths[:, None] - 1)
     d.value_mask = d.ends.roll(1, 1) & mask | (torch.arange(T) == 0)      # the first token of each segment
     role = rand()
-    role[0] = 0.0                                                         # a response that does not parse
+    role[0], role[1] = 0.0, 1.0                                           # no roles; only reasoning
     d.perception, d.reasoning = (0 < role) & (role < 0.4), role > 0.7
     d.logits = torch.randn(B, T, 5, generator=g)
     d.sign = torch.linspace(-1.5, 1.5, B)                                 # one of them is 0
@@ -806,7 +806,7 @@ ERRORS = [(name, {argument: bad}, f"{argument} is {bad}: expected {what}")
     ("split_roles", dict(pieces=[]), "len(pieces) is 0: expected 7, a list for each response"),
     ("corrupt_image", dict(kind="fog"), "kind is 'fog': expected 'patches', 'noise', 'blur' or 'blank'"),
     ("corrupt_image", dict(image=Image.new("P", (4, 4))), "image.mode is 'P': expected RGB, L or RGBA"),
-    ("role_weights", dict(reasoning=ZERO == 0), "reasoning is True at [1, 0]: expected False where"),
+    ("role_weights", dict(reasoning=ZERO == 0), "reasoning is True at [2, "),
     ("role_weights", dict(form="tanh"), "form is 'tanh': expected 'exp' or 'softmax'"),
     ("srpo_advantages", dict(advantages=ZERO), "advantages.shape is [7, 13]: expected (B,), [7]"),
     ("srpo_advantages", dict(weights=ZERO[:, 0]), "weights.shape is [7]: expected (B, T)"),
