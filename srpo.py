@@ -8,8 +8,7 @@ The idea, from the abstract: GRPO with one weight per token. Perception tokens e
 reasoning tokens derive the answer from it. The policy scores its own tokens, with no teacher and no reward
 model: perception by how much it depends on the image, reasoning by how consistent it is with the perception
 generated before. One baseline per response joins both into a positive weight: a token counts more or less,
-its sign stays. Read from top to bottom, in the order in which the tensors come to be; all but the last line
-run once per rollout:
+its sign stays. Read from top to bottom; of these lines all but the last run once per rollout:
 
     advantages = group_advantages(outcome, group_size)                                       (S1), GRPO's
     perception, reasoning = split_roles(pieces, mask)                                        P and R
