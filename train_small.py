@@ -26,6 +26,8 @@ import datasets
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -34,19 +36,21 @@ import srpo
 import toy_env
 from toy_env import Problem
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+TINY_VLM = str(HERE / "tiny_vlm")
 INSTRUCTION = (
     "Read the numbers of all cells in reading order inside <perception></perception>, compute from left to "
     "right, one line per operation, inside <think></think>, and give the final number inside "
     "<answer></answer>."
 )  # for models that do not know the format; tiny_vlm's chat template leaves it out
+LOGITS = 2**25  # as many are turned to fp32 at a time: 128 MB
 PATCH = 16  # pixels blackened at a time in SRPO's corrupted image: one cell of the toy world
 
 
 # ----------------------------------------------------------------------------------------------------- config
 # group: responses per prompt. kl_coef (Table 7): of k1 in the reward or, without a critic, of k3 in the loss.
 ALGORITHMS = {
-    "sapo": dict(critic=True, group=1, lam=0.9, kl_coef=0.001),
+    "sapo": dict(critic=True, group=1, lam=0.99, kl_coef=0.001),
     "ppo": dict(critic=True, group=1, lam=0.95, kl_coef=0.001),
     "vc-ppo": dict(critic=True, group=1, lam=0.99, lam_returns=1.0, kl_coef=0.001),
     "grpo": dict(critic=False, group=8, kl_coef=0.01),
@@ -58,7 +62,7 @@ SEGMENTS = "entropy", "newline", "step", "probability"
 
 @dataclass
 class Config:
-    """Every option of the command line. None means: what ALGORITHMS says. "paper" is SAPO's Table 7."""
+    """Every option of the command line. None: what ALGORITHMS or `complete` says. "paper": SAPO's Table 7."""
 
     algo: Literal[tuple(ALGORITHMS)] = HfArg(default="sapo", help="the algorithm")
     seed: int = HfArg(default=0, help="seed of sampling, problems and mini-batches")
@@ -68,12 +72,12 @@ class Config:
     epochs: int = HfArg(default=1, help="passes over the responses of an iteration (paper: 1)")
     micro_batch: int = HfArg(default=0, help="responses per forward pass, to save memory; 0: a mini-batch")
     critic_warmup: int = HfArg(default=5, help="first iterations, for a critic alone (ours, after VC-PPO)")
-    lr: float = HfArg(default=1.6e-4, help="policy's learning rate, decaying to 0 (ours; paper: 1e-6)")
-    critic_lr: float = HfArg(default=5e-5, help="rate of the critic's pretrained part (ours; paper: 2e-6)")
-    head_lr: float = HfArg(default=2e-3, help="rate of the critic's value head, 0 at first (ours)")
+    lr: float | None = HfArg(default=None, help="policy's rate, falls to 0 (paper: 1e-6; tiny_vlm: 1.6e-4)")
+    critic_lr: float | None = HfArg(default=None, help="critic's pretrained part (paper: 2e-6; tiny: 5e-5)")
+    head_lr: float | None = HfArg(default=None, help="critic's value head (paper: 2e-6; tiny_vlm: 2e-3)")
     temperature: float = HfArg(default=1.0, help="sampling temperature, also applied in scoring")
     gamma: float = HfArg(default=1.0, help="discount per segment (paper)")
-    lam: float | None = HfArg(default=None, help="lambda of GAE (PPO: 0.95; SAPO: ours 0.9, paper 0.99)")
+    lam: float | None = HfArg(default=None, help="lambda of GAE (PPO: 0.95; SAPO: 0.99, tiny_vlm: 0.9)")
     lam_returns: float | None = HfArg(default=None, help="lambda of the returns, if another (VC-PPO: 1)")
     kl_coef: float | None = HfArg(default=None, help="KL penalty (paper: reward 0.001; GRPO: loss 0.01)")
     clip_low: float | None = HfArg(default=None, help="clip below 1 (0.2; paper: epsilon)")
@@ -90,8 +94,8 @@ class Config:
     distractors: int = HfArg(default=0, help="toy world: cells that the question does not use")
     operators: str = HfArg(default="+-", help="toy world: any of +-×")
     prior: float = HfArg(default=0.0, help="toy world: share of training questions that tell the answer")
-    max_tokens: int | None = HfArg(default=None, help="longest response (default: by the number of operands)")
-    model: str = HfArg(default=str(HERE / "tiny_vlm"), help="folder or hub name for from_pretrained")
+    max_tokens: int | None = HfArg(default=None, help="longest response (paper: 2048; tiny_vlm: by operands)")
+    model: str = HfArg(default=TINY_VLM, help="folder or hub name for from_pretrained")
     dataset: str | None = HfArg(default=None, help="folder or name for load_dataset: image, question, answer")
     eval_every: int = HfArg(default=10, help="iterations between evaluations")
     eval_problems: int = HfArg(default=256, help="held-out problems per evaluation")
@@ -112,9 +116,14 @@ def complete(config: Config) -> Config:
     """The config with every None replaced, or ValueError before any work is done."""
     if config.algo not in ALGORITHMS:
         raise ValueError(f"algo is {config.algo!r}: expected one of {', '.join(ALGORITHMS)}")
-    defaults = dict(lam=1.0, clip_low=0.2, clip_high=0.2, max_tokens=16 * config.operands + 40)
+    defaults = dict(lam=1.0, clip_low=0.2, clip_high=0.2)
     defaults |= dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
-    defaults |= {k: v for k, v in ALGORITHMS[config.algo].items() if k not in ("critic", "group")}
+    defaults |= dict(lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048)  # Table 7
+    defaults |= ALGORITHMS[config.algo]
+    if Path(config.model).resolve() == Path(TINY_VLM):  # tuned on it; lambda for about a dozen segments
+        defaults |= dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, max_tokens=16 * config.operands + 40)
+        defaults |= dict(lam=0.9) if config.algo == "sapo" else {}
+    defaults = {k: v for k, v in defaults.items() if k not in ("critic", "group")}
     config = replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     counts = "iterations", "responses", "mini_batches", "epochs", "eval_every", "eval_problems"
     for name in (*counts, "temperature"):
@@ -163,52 +172,72 @@ def banned_ids(policy) -> list[int]:
     return sorted({i for name in names if isinstance(i := getattr(policy.config, name, None), int)})
 
 
-def problem_stream(config: Config) -> Iterator[Problem]:
-    """An endless iterator over training problems."""
-    if config.dataset is None:
-        seeds = itertools.count(config.seed * 10**9)  # endless
-        yield from (toy_env.make_problem(i, prior=config.prior, **difficulty(config)) for i in seeds)
-    rows = split_dataset(config)["train"].shuffle(seed=config.seed)
-    while True:
-        yield from map(from_row, rows)
-
-
-def eval_problems(config: Config) -> list[Problem]:
-    """Held-out problems, the same for every run of a difficulty or data set. No prior holds in them."""
-    if config.dataset is None:
-        return toy_env.make_problems(config.eval_problems, split="eval", **difficulty(config))
-    return list(map(from_row, split_dataset(config)["test"]))
-
-
 def difficulty(config: Config) -> dict:
     return dict(operands=config.operands, distractors=config.distractors, operators=config.operators)
 
 
-def split_dataset(config: Config) -> datasets.DatasetDict:
-    rows = datasets.load_dataset(config.dataset, split="train")
-    if missing := {"image", "question", "answer"} - set(rows.column_names):
-        raise ValueError(f"dataset is {config.dataset!r}, with columns {rows.column_names}: "
-                         f"expected a column {min(missing)!r}")
-    return rows.train_test_split(test_size=config.eval_problems, seed=0)
+class Task(NamedTuple):
+    """What is to be learned. For one's own data and reward see examples/real_vlm.py."""
+
+    stream: Iterator[Problem]  # for training, endless
+    held_out: list[Problem]  # for evaluation, the same for every run
+    instruction: str
+    reward: Callable[[Problem, str], float]  # of a problem and a response's text, from 0 to 1
+
+
+def toy_task(config: Config) -> Task:
+    """The toy world. `prior` holds in training problems alone."""
+    seeds = itertools.count(config.seed * 10**9)
+    stream = (toy_env.make_problem(i, prior=config.prior, **difficulty(config)) for i in seeds)
+    held_out = toy_env.make_problems(config.eval_problems, split="eval", **difficulty(config))
+    return Task(stream, held_out, INSTRUCTION, toy_env.reward)
+
+
+def dataset_task(config: Config, instruction: str = INSTRUCTION,
+                 reward: Callable[[Problem, str], float] | None = None) -> Task:
+    """A data set with image(s), question or problem, and answer. Its test or validation split is held out or,
+    where there is none, a share of the training split."""
+    splits = datasets.load_dataset(config.dataset)
+    columns = splits["train"].column_names
+    for names in (("image", "images"), ("question", "problem"), ("answer",)):
+        if not {*names} & {*columns}:
+            raise ValueError(f"dataset is {config.dataset!r}, with columns {columns}: "
+                             f"expected a column {' or '.join(map(repr, names))}")
+    if len(splits) == 1:
+        splits = splits["train"].train_test_split(test_size=config.eval_problems, seed=0)
+    rows = splits["train"].shuffle(seed=config.seed)
+    held_out = splits.get("test", splits.get("validation")).shuffle(seed=0)
+    held_out = held_out.select(range(min(config.eval_problems, len(held_out))))
+    stream = (from_row(row) for _ in itertools.count() for row in rows)
+    return Task(stream, list(map(from_row, held_out)), instruction, reward or toy_env.reward)
 
 
 def from_row(row: dict) -> Problem:
-    return Problem(row["image"].convert("RGB"), row["question"], str(row["answer"]))
+    image = row["image"] if "image" in row else row["images"][0]
+    question = row["question"] if "question" in row else row["problem"]
+    return Problem(image.convert("RGB"), question.replace("<image>", "").strip(), str(row["answer"]))
 
 
-def encode(processor, images: list, questions: list[str], device: str) -> dict[str, Tensor]:
+def encode(processor, instruction: str, images: list, questions: list[str], device: str) -> dict[str, Tensor]:
     """The model's inputs for prompts of an image and a question, padded on the left."""
-    system = {"role": "system", "content": [{"type": "text", "text": INSTRUCTION}]}
+    system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
     users = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]} for q in questions]
-    texts = [processor.apply_chat_template([system, user], add_generation_prompt=True) for user in users]
+    if processor.chat_template is None:
+        texts = [f"{processor.image_token}{instruction}\n{question}" for question in questions]
+    else:
+        texts = [processor.apply_chat_template([system, user], add_generation_prompt=True) for user in users]
     images = [[image] for image in images]  # a list per prompt: a flat one is one prompt's to some processors
-    return dict(processor(text=texts, images=images, padding=True, return_tensors="pt").to(device))
+    bos = processor.tokenizer.bos_token  # some templates write it, so the tokenizer must not
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt",
+                       add_special_tokens=not (bos and texts[0].startswith(bos)))
+    return {k: x.to(device) for k, x in inputs.items() if k != "labels"}  # PaliGemma's, of the prompt
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
 class Rollout(NamedTuple):
     """Sampled responses: B of them, of up to T tokens."""
 
+    task: Task
     problems: list[Problem]  # (B,), each problem `group` times in a row
     inputs: dict[str, Tensor]  # the prompts as the model takes them, padded on the left
     ids: Tensor  # (B, T) sampled tokens
@@ -218,9 +247,9 @@ class Rollout(NamedTuple):
     texts: list[str]  # (B,) responses
 
     def outcome(self) -> Tensor:
-        """(B,) 1 for a right answer in the right format; a truncated response has not answered."""
-        right = [toy_env.reward(p, text) for p, text in zip(self.problems, self.texts)]
-        return torch.tensor(right, device=self.mask.device) * ~self.truncated
+        """(B,) the task's reward; 0 for a truncated response, which has not answered."""
+        reward = [self.task.reward(p, text) for p, text in zip(self.problems, self.texts)]
+        return torch.tensor(reward, device=self.mask.device) * ~self.truncated
 
     def faithful(self) -> list[bool]:
         """(B,) right, and without a false statement on the way."""
@@ -229,16 +258,19 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(policy, processor, problems: list[Problem], max_tokens: int, temperature: float = 1.0,
-            top_p: float = 1.0, greedy: bool = False) -> Rollout:
+def rollout(policy, processor, task: Task, problems: list[Problem], max_tokens: int, temperature: float = 1.0,
+            top_p: float = 1.0, greedy: bool = False, micro_batch: int = 0) -> Rollout:
     """Sample one response for each problem. For training, top_p must be 1: scoring knows of no cut-off."""
-    tokenizer, known = processor.tokenizer, policy.generation_config
-    inputs = encode(processor, [p.image for p in problems], [p.question for p in problems], policy.device)
+    tokenizer, known, banned = processor.tokenizer, policy.generation_config, banned_ids(policy)
+    images, questions = [p.image for p in problems], [p.question for p in problems]
+    inputs = encode(processor, task.instruction, images, questions, policy.device)
     settings = transformers.GenerationConfig(
         max_new_tokens=max_tokens, eos_token_id=known.eos_token_id, pad_token_id=known.pad_token_id,
-        suppress_tokens=banned_ids(policy) or None, do_sample=not greedy,
+        suppress_tokens=banned or None, do_sample=not greedy,
         **({} if greedy else dict(temperature=temperature, top_p=top_p, top_k=0)))
-    ids = policy.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1]:]  # (B, T)
+    sampled = [row[inputs["input_ids"].shape[1]:] for rows in parts(len(problems), micro_batch)
+               for row in policy.generate(**take(inputs, rows, banned), generation_config=settings)]
+    ids = pad_sequence(sampled, batch_first=True, padding_value=known.pad_token_id)  # (B, T)
     is_eos = torch.isin(ids, torch.tensor(known.eos_token_id, device=ids.device))
     mask = is_eos.cumsum(1) - is_eos.long() == 0  # by position, not by id: pad may be eos
     T = int(mask.sum(1).max())
@@ -247,40 +279,68 @@ def rollout(policy, processor, problems: list[Problem], max_tokens: int, tempera
     piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in ids.unique().tolist()}
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     pieces = [[piece[i] for i in row] for row in responses]
-    return Rollout(problems, inputs, ids, mask, truncated, pieces, texts)
+    pieces = [row if "".join(row) == text else cut(tokenizer, tokens, text)
+              for row, tokens, text in zip(pieces, responses, texts)]
+    return Rollout(task, problems, inputs, ids, mask, truncated, pieces, texts)
+
+
+def cut(tokenizer, ids: list[int], text: str) -> list[str]:
+    """The text of each token where one alone reads otherwise: a leading space is lost, bytes are no
+    character yet. Each is read after those before it; bytes belong to the token that completes them."""
+    pieces, start, read, done = [], 0, 0, 0  # done: characters of the first `read` tokens
+    for end in range(1, len(ids) + 1):
+        before, now = (tokenizer.decode(ids[start:i], skip_special_tokens=True) for i in (read, end))
+        new = now[len(before):]
+        pieces.append(new if text.startswith(new, done) and not new.endswith("\ufffd") else "")
+        if pieces[-1]:
+            start, read, done = read, end, done + len(new)
+    return [*pieces[:-1], pieces[-1] + text[done:]]
 
 
 # ------------------------------------------------------------------------------------------------------ score
 def full_inputs(inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Inputs for prompt and response together; what else is per token (type ids) is 0 on the response."""
-    tails = defaultdict(lambda: torch.zeros_like(ids), input_ids=ids, attention_mask=mask.long())
-    per_token = {k for k, x in inputs.items() if x.shape == inputs["input_ids"].shape}
-    return {k: torch.cat([x, tails[k].to(x)], 1) if k in per_token else x for k, x in inputs.items()}
+    """Inputs for prompt and response together. Type ids of a response are 0 where those of the prompt mark
+    something (its image); else 1, as in PaliGemma, where tokens of type 0 see the future."""
+    per_token = {k: x for k, x in inputs.items() if x.shape == inputs["input_ids"].shape}
+    tails = {k: torch.full_like(ids, not x.any()) for k, x in per_token.items()}
+    tails |= dict(input_ids=ids, attention_mask=mask)
+    return inputs | {k: torch.cat([x, tails[k].to(x)], 1) for k, x in per_token.items()}
 
 
-def take(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """The inputs of some rows. Qwen-VL packs the patches of all images; others have a row for each image."""
-    taken, B, grid = {}, len(inputs["input_ids"]), inputs.get("image_grid_thw")
+def take(inputs: dict[str, Tensor], rows: Tensor, image_ids: list[int] = ()) -> dict[str, Tensor]:
+    """The inputs of some rows. Where all images are packed (Qwen-VL's patches, InternVL's tiles), a prompt's
+    are as many as its share of the image tokens, whose ids are `image_ids`."""
+    taken, B, ids = {}, len(inputs["input_ids"]), inputs["input_ids"]
+    tokens = torch.isin(ids, ids.new_tensor(image_ids)).sum(1)  # (B,)
     for name, x in inputs.items():
-        if name == "pixel_values" and grid is not None:
-            images = x.split(grid.prod(1).tolist())
-            taken[name] = torch.cat([images[i] for i in rows.tolist()])
-        elif len(x) == B:
+        sizes = tokens * len(x) // tokens.sum().clamp(min=1)
+        if len(x) == B:
             taken[name] = x[rows]
-        else:  # several tiles an image, say: which are whose?
-            raise ValueError(f"{name} is {len(x)} rows for {B} prompts: expected one each, or image_grid_thw")
+        elif sizes.sum() == len(x):
+            packed = x.split(sizes.tolist())
+            taken[name] = torch.cat([packed[i] for i in rows.tolist()])
+        else:
+            raise ValueError(f"{name} is {len(x)} rows for {B} prompts: expected one each, or as many for "
+                             f"each of the {int(tokens.sum())} image tokens")
     return taken
 
 
 def score(model, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, temperature: float = 1.0,
           seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) of the sampled tokens as they were sampled, at the same temperature, with the
-    same ids banned, in fp32; and the logits (B, T, V) behind them. `seen` (B, T): tokens to show instead."""
-    whole = full_inputs(inputs, ids if seen is None else seen, mask)
-    logits = model(**whole, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits  # (B, T + 1, V)
-    logits = logits[:, :-1].float() / temperature
-    logits[..., banned_ids(model)] = -torch.inf
-    return logits.gather(2, ids[..., None])[..., 0] - logits.logsumexp(2), logits
+    same ids banned, in fp32; and the entropy (B, T) behind them. `seen` (B, T): tokens to show instead."""
+    whole, banned = full_inputs(inputs, ids if seen is None else seen, mask), banned_ids(model)
+    logits = model(**whole, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits[:, :-1]  # (B, T, V)
+
+    def read(logits, ids):
+        logits = logits.float() / temperature
+        logits[..., banned] = -torch.inf
+        return logits.gather(2, ids[..., None])[..., 0] - logits.logsumexp(2), sapo.token_entropy(logits)
+
+    size = max(1, LOGITS // (len(ids) * logits.shape[2]))  # tokens at a time, (B, T) a piece
+    pieces = [checkpoint(read, *piece, use_reentrant=False, preserve_rng_state=False)  # one alive in fp32
+              for piece in zip(logits.split(size, 1), ids.split(size, 1))]
+    return tuple(torch.cat(column, 1) for column in zip(*pieces))
 
 
 def value(critic: sapo.SegmentCritic, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
@@ -297,21 +357,21 @@ class Scored(NamedTuple):
     values: Tensor | None = None
 
 
-def parts(config: Config, roll: Rollout) -> tuple[Tensor, ...]:
-    """Rows of a rollout, as many at a time as fit in memory."""
-    return torch.arange(len(roll.ids), device=roll.ids.device).split(config.micro_batch or len(roll.ids))
+def parts(n: int, micro_batch: int) -> tuple[Tensor, ...]:
+    """The rows 0 … n - 1, as many at a time as fit in memory."""
+    return torch.arange(n).split(micro_batch or n)
 
 
 @torch.no_grad()
 def score_all(config: Config, policy, reference, critic, roll: Rollout) -> Scored:
     """The policy's log-probabilities and entropy, the reference's log-probabilities, the critic's values."""
     scored = []
-    for rows in parts(config, roll):
-        these = take(roll.inputs, rows), roll.ids[rows], roll.mask[rows]
-        log_probs, logits = score(policy, *these, config.temperature)
+    for rows in parts(len(roll.ids), config.micro_batch):
+        these = take(roll.inputs, rows, banned_ids(policy)), roll.ids[rows], roll.mask[rows]
+        log_probs, entropy = score(policy, *these, config.temperature)
         ref_log_probs = score(reference, *these, config.temperature)[0] if reference else None
         values = value(critic, *these) if critic else None
-        scored.append((log_probs, sapo.token_entropy(logits), ref_log_probs, values))
+        scored.append((log_probs, entropy, ref_log_probs, values))
     return Scored(*(None if column[0] is None else torch.cat(column) for column in zip(*scored)))
 
 
@@ -369,13 +429,14 @@ def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored
     seed = int(torch.randint(2**31, ()))  # other patches in each iteration
     images = [srpo.corrupt_image(p.image, config.corruption, patch=PATCH, seed=seed + i)
               for i, p in enumerate(roll.problems)]
-    corrupted = encode(processor, images, [p.question for p in roll.problems], ids.device)
+    questions = [p.question for p in roll.problems]
+    corrupted = encode(processor, roll.task.instruction, images, questions, ids.device)
     perception, reasoning = srpo.split_roles(roll.pieces, mask)
     blanked = srpo.blank_perception(ids, perception, policy.generation_config.pad_token_id)
 
     def without(inputs, seen):
-        other = [score(policy, take(inputs, rows), ids[rows], mask[rows], config.temperature, seen[rows])[0]
-                 for rows in parts(config, roll)]
+        other = [score(policy, take(inputs, rows, banned_ids(policy)), ids[rows], mask[rows],
+                       config.temperature, seen[rows])[0] for rows in parts(len(ids), config.micro_batch)]
         return srpo.contrast(scored.log_probs, torch.cat(other), mask)  # (B, T)
 
     on_image = without(corrupted, ids)
@@ -405,7 +466,7 @@ def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollou
         for mini in torch.randperm(B).to(roll.ids.device).split(B // config.mini_batches):
             for rows in mini.split(config.micro_batch or len(mini)):
                 share = len(rows) / len(mini)  # every loss is a mean over responses, so shares add up exactly
-                these = take(roll.inputs, rows), roll.ids[rows], roll.mask[rows]
+                these = take(roll.inputs, rows, banned_ids(policy)), roll.ids[rows], roll.mask[rows]
                 old, target = (type(x)(*(y if y is None else y[rows] for y in x)) for x in (scored, credit))
                 metrics = {}
                 if learn_policy:
@@ -433,7 +494,7 @@ def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollou
 
 
 # --------------------------------------------------------------------------------------------------- evaluate
-def evaluate(config: Config, policy, processor, problems: list[Problem]) -> tuple[dict[str, float], Rollout]:
+def evaluate(config: Config, policy, processor, task: Task) -> tuple[dict[str, float], Rollout]:
     """Accuracy on held-out problems: greedy, sampled at T = 1, and sampled as in the paper; at T = 1 also
     faithfulness, perception and the rollout. With its own random stream, it changes nothing in training."""
     modes = {"greedy": dict(greedy=True), "paper": dict(temperature=0.6, top_p=0.95), "sampled": {}}
@@ -441,11 +502,13 @@ def evaluate(config: Config, policy, processor, problems: list[Problem]) -> tupl
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name, mode in modes.items():
-            roll = rollout(policy, processor, problems, config.max_tokens, **mode)
-            result[f"accuracy_{name}"] = float(roll.outcome().mean())
-    if problems[0].cells:
+            roll = rollout(policy, processor, task, task.held_out, config.max_tokens, **mode,
+                           micro_batch=config.micro_batch)
+            right = roll.outcome() > 0.5  # less may be had for the format
+            result[f"accuracy_{name}"] = float(right.float().mean())
+    if task.held_out[0].cells:
         result["faithful_sampled"] = fmean(roll.faithful())
-        result["perception_sampled"] = fmean(map(toy_env.perception, problems, roll.texts))
+        result["perception_sampled"] = fmean(map(toy_env.perception, task.held_out, roll.texts))
     return result, roll
 
 
@@ -473,19 +536,21 @@ def describe(roll: Rollout, scored: Scored, credit: Credit, outcome: Tensor) -> 
 
 
 # ------------------------------------------------------------------------------------------------------ train
-def train(config: Config, on_iteration: Callable | None = None) -> tuple:
+def train(config: Config, on_iteration: Callable | None = None, task: Task | None = None,
+          models: tuple | None = None) -> tuple:
     """Train and write OUT/metrics.jsonl. -> policy, processor, critic, the metrics (a list of dicts, one per
     iteration, the first before any update) and the T = 1 evaluation rollouts before and after. What
-    `on_iteration(i, policy, critic, roll, scored, credit)`, called after an update, returns is logged too."""
+    `on_iteration(i, policy, critic, roll, scored, credit)`, called after an update, returns is logged too.
+    `task` and `models` (as from `load`) are one's own, if they are not what config says."""
     config = complete(config)
     torch.manual_seed(config.seed)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    policy, processor, critic, reference = load(config)
+    policy, processor, critic, reference = models or load(config)
+    task = task or (dataset_task if config.dataset else toy_task)(config)
     optimizers = make_optimizers(config, policy, critic)
-    stream, held_out = problem_stream(config), eval_problems(config)
-    evaluation, before = evaluate(config, policy, processor, held_out)
+    evaluation, before = evaluate(config, policy, processor, task)
     history, after = [dict(iteration=0, responses=0, seconds=0.0, **evaluation)], before
     warmup, start = config.critic_warmup if critic else 0, time.time()
     with open(out / "metrics.jsonl", "w") as file, tqdm(total=config.iterations, unit="it") as bar:
@@ -493,15 +558,16 @@ def train(config: Config, on_iteration: Callable | None = None) -> tuple:
         for i in range(1, config.iterations + 1):
             left = 1 - max(0, i - warmup - 1) / (config.iterations - warmup)  # falls linearly towards 0
             optimizers[0][1].param_groups[0]["lr"] = config.lr * left
-            problems = take_prompts(config, stream)
-            roll = rollout(policy, processor, problems, config.max_tokens, config.temperature)
+            problems = take_prompts(config, task)
+            roll = rollout(policy, processor, task, problems, config.max_tokens, config.temperature,
+                           micro_batch=config.micro_batch)
             scored, outcome = score_all(config, policy, reference, critic, roll), roll.outcome()
             credit = assign_credit(config, policy, processor, roll, scored, outcome)
             found = update(config, policy, critic, optimizers, roll, scored, credit, learn_policy=i > warmup)
             row = dict(iteration=i, responses=i * config.responses, seconds=round(time.time() - start, 2))
             row |= describe(roll, scored, credit, outcome) | found
             if i % config.eval_every == 0 or i == config.iterations:
-                evaluation, after = evaluate(config, policy, processor, held_out)
+                evaluation, after = evaluate(config, policy, processor, task)
                 row |= evaluation
             if on_iteration:
                 row |= on_iteration(i, policy, critic, roll, scored, credit) or {}
@@ -524,9 +590,9 @@ def make_optimizers(config: Config, policy, critic) -> list[tuple]:
     return pairs
 
 
-def take_prompts(config: Config, stream: Iterator[Problem]) -> list[Problem]:
+def take_prompts(config: Config, task: Task) -> list[Problem]:
     """The next problems, each `group` times in a row."""
-    problems = itertools.islice(stream, config.responses // config.group)
+    problems = itertools.islice(task.stream, config.responses // config.group)
     return [problem for problem in problems for _ in range(config.group)]
 
 

@@ -30,7 +30,7 @@ def bench(config: train_small.Config, repeats: int = 5) -> dict[str, float]:
     torch.manual_seed(config.seed)
     policy, processor, critic, reference = train_small.load(config)
     optimizers = train_small.make_optimizers(config, policy, critic)
-    stream, taken = train_small.problem_stream(config), defaultdict(list)
+    task, taken = train_small.toy_task(config), defaultdict(list)
 
     def timed(name, function, *args, **kwargs):
         start = time.perf_counter()
@@ -51,8 +51,9 @@ def bench(config: train_small.Config, repeats: int = 5) -> dict[str, float]:
         return credit
 
     for _ in range(repeats + 1):
-        problems = train_small.take_prompts(config, stream)
-        roll = timed("sampling", train_small.rollout, policy, processor, problems, config.max_tokens)
+        problems = train_small.take_prompts(config, task)
+        roll = timed("sampling", train_small.rollout, policy, processor, task, problems,
+                     config.max_tokens)
         outcome = timed("outcome", roll.outcome)
         timed("scoring", train_small.score_all, config, policy, reference, None, roll)
         if critic:

@@ -63,7 +63,7 @@ def blame(roll: train_small.Rollout, advantages: torch.Tensor) -> tuple[int, dic
 @torch.no_grad()
 def monte_carlo(policy, processor, roll: train_small.Rollout, row: int, t: int, max_tokens: int) -> float:
     """The mean outcome of CONTINUATIONS samples after the first t tokens of a response."""
-    prompt = train_small.take(roll.inputs, torch.tensor([row], device=roll.ids.device))
+    prompt = train_small.take(roll.inputs, torch.tensor([row]))
     prefix = roll.ids[row : row + 1, :t]
     inputs = train_small.full_inputs(prompt, prefix, torch.ones_like(prefix))
     inputs = {k: x.repeat(CONTINUATIONS, *[1] * (x.dim() - 1)) for k, x in inputs.items()}
@@ -170,7 +170,8 @@ def checkpoint(config, policy, processor, critics: dict, problems: list, seed: i
     """All four measurements on fresh rollouts of one policy."""
     rng = torch.Generator().manual_seed(seed)
     problems = [p for p in problems for _ in range(GROUP)]
-    roll = train_small.rollout(policy, processor, problems, config.max_tokens)
+    task = train_small.toy_task(replace(config, eval_problems=1))
+    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens)
     scored = {name: train_small.score_all(config, policy, None, its, roll) for name, its in critics.items()}
     outcome, values = roll.outcome(), {name: its.values for name, its in scored.items()}
     advantages, weights, ends = credit_by_method(config, policy, processor, roll, scored, outcome)
@@ -246,8 +247,9 @@ def show(folder: str) -> None:
     policy, processor, critic, _ = train_small.load(config)
     critic.load_state_dict(torch.load(folder / "critic.pt", weights_only=True, map_location=config.device))
     torch.manual_seed(0)
-    problems = [p for p in train_small.eval_problems(config)[:PROMPTS] for _ in range(GROUP)]
-    roll = train_small.rollout(policy, processor, problems, config.max_tokens)
+    task = train_small.toy_task(config)
+    problems = [p for p in task.held_out[:PROMPTS] for _ in range(GROUP)]
+    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens)
     outcome, scored = roll.outcome(), train_small.score_all(config, policy, None, critic, roll)
     both = dict(ppo=scored, sapo=scored)
     advantages, _, ends = credit_by_method(config, policy, processor, roll, both, outcome)

@@ -2,10 +2,27 @@
 
 import pytest
 import torch
-import transformers
 
-import toy_env
-from tiny_vlm import make
+
+def torchvision_beside_another_torch():
+    """Its operators may be compiled for another build. Images need none of them, but two must be known."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None
+    except RuntimeError:  # operator torchvision::nms does not exist
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+KEEP_ALIVE = torchvision_beside_another_torch()  # before transformers looks for it
+
+import transformers  # noqa: E402
+
+import toy_env  # noqa: E402
+from tiny_vlm import make  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -157,7 +157,8 @@ def slipped():
     pieces = re.findall(r"\d|[^\d]+", text)
     assert "".join(pieces) == text
     mask = torch.ones(1, len(pieces), dtype=torch.bool)
-    roll = train_small.Rollout([problem], {}, mask.long(), mask, ~mask[:, 0], [pieces], [text])
+    task = train_small.Task(None, [], "", toy_env.reward)
+    roll = train_small.Rollout(task, [problem], {}, mask.long(), mask, ~mask[:, 0], [pieces], [text])
     names = ["red", "blue", "green", "a", "b", "tens", "ones", "c", "d", "e", "result", "answer"]
     return roll, dict(zip(names, (i for i, p in enumerate(pieces) if p.isdigit())))
 
@@ -223,7 +224,8 @@ def test_monte_carlo_of_a_finished_answer_is_its_outcome():
     config = train_small.complete(train_small.Config(operands=2, device="cpu"))
     policy, processor, *_ = train_small.load(config)
     torch.manual_seed(0)
-    roll = train_small.rollout(policy, processor, toy_env.make_problems(12, operands=2), config.max_tokens)
+    task, problems = train_small.toy_task(config), toy_env.make_problems(12, operands=2)
+    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens)
     outcomes, lengths = roll.outcome().tolist(), roll.mask.sum(1).tolist()
     for outcome in (0.0, 1.0):
         row = outcomes.index(outcome)

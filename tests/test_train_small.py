@@ -31,10 +31,12 @@ import srpo
 import toy_env
 import train_small
 from tiny_vlm import make
-from train_small import Config
+from train_small import INSTRUCTION, Config
 
-SMALL = dict(iterations=2, responses=16, mini_batches=2, critic_warmup=0, operands=2, max_tokens=20,
-             eval_problems=4, eval_every=1, device="cpu")
+SMALL = dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, iterations=2, responses=16, mini_batches=2,
+             critic_warmup=0, operands=2, max_tokens=20, eval_problems=4, eval_every=1, device="cpu")
+
+TASK = train_small.Task(None, [], INSTRUCTION, toy_env.reward)
 
 
 def small(model, **changes):
@@ -53,8 +55,9 @@ def iteration(config, outcome=torch.tensor([1.0, 0, 0, 1] * 4)):
     policy, processor, critic, reference = train_small.load(config)
     if critic:
         torch.nn.init.normal_(critic.head.weight)
-    problems = train_small.take_prompts(config, train_small.problem_stream(config))
-    roll = train_small.rollout(policy, processor, problems, config.max_tokens, config.temperature)
+    task = train_small.toy_task(config)
+    problems = train_small.take_prompts(config, task)
+    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens, config.temperature)
     scored = train_small.score_all(config, policy, reference, critic, roll)
     credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome)
     return SimpleNamespace(**locals())
@@ -99,7 +102,7 @@ def spoken(problems, texts, pad="<pad>", width=200):
 
     known = SimpleNamespace(eos_token_id=[eos], pad_token_id=pad)
     policy = SimpleNamespace(generate=generate, generation_config=known, device="cpu", config=None)
-    return train_small.rollout(policy, processor, problems, width)
+    return train_small.rollout(policy, processor, TASK, problems, width)
 
 
 def demonstrations(n=16, **teacher):
@@ -181,7 +184,8 @@ def test_every_option_reaches_the_function_it_is_for(table, mini, tmp_path, monk
     shutil.copytree(mini, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_small, "plot", lambda *_: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: toy_env.make_dataset(8, operands=2))
+    rows = datasets.DatasetDict(train=toy_env.make_dataset(16, operands=2))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: rows)
     calls = defaultdict(list)
 
     def record(name, function):
@@ -228,7 +232,7 @@ def test_scores_are_those_of_prefixes_without_padding(mini, model):  # pitfalls 
     s.processor.tokenizer.pad_token, s.policy.generation_config.pad_token_id = "<eos>", eos
     problems = [toy_env.make_problem(i, operands=2 + 3 * (i % 2)) for i in range(8 if model == "mini" else 2)]
     problems[0] = replace(problems[0], question="<eos>" + problems[0].question)
-    roll = train_small.rollout(s.policy, s.processor, problems, 40, temperature=0.7)
+    roll = train_small.rollout(s.policy, s.processor, s.task, problems, 40, temperature=0.7)
     torch.nn.init.normal_(s.reference.lm_head.weight)  # by now the policy has moved away from it
     lengths, caches = roll.mask.sum(1).tolist(), []
     for part in (s.policy.model, s.reference.model, s.critic.backbone):
@@ -253,7 +257,7 @@ def test_scores_are_those_of_prefixes_without_padding(mini, model):  # pitfalls 
 def test_samples_what_it_scores_whatever_the_model_says(mini):  # pitfall 9: saved settings are not inherited
     policy, processor, *_ = train_small.load(small(mini))
     torch.manual_seed(0)
-    roll = train_small.rollout(policy, processor, [toy_env.make_problem(0)] * 1500, 1, temperature=0.7)
+    roll = train_small.rollout(policy, processor, TASK, [toy_env.make_problem(0)] * 1500, 1, temperature=0.7)
     expected = 1500 * next_log_probs(policy, prefix(roll, 0, 0), 0.7).exp()
     counts, often = torch.bincount(roll.ids[:, 0], minlength=len(expected)), expected >= 5
     observed, expected = (torch.cat([x[often], x[~often].sum()[None]]) for x in (counts, expected))
@@ -267,20 +271,23 @@ def test_image_placeholders_are_neither_sampled_nor_scored(mini):  # pitfall 19
     image = s.processor.tokenizer.convert_tokens_to_ids("<image>")
     s.policy.lm_head.register_forward_hook(lambda _, args, out: out + 50 * torch.eye(out.shape[-1])[image])
     for greedy in (False, True):
-        roll = train_small.rollout(s.policy, s.processor, s.problems, 6, greedy=greedy)
-        log_probs, logits = train_small.score(s.policy, roll.inputs, roll.ids, roll.mask)
+        roll = train_small.rollout(s.policy, s.processor, s.task, s.problems, 6, greedy=greedy)
+        log_probs, entropy = train_small.score(s.policy, roll.inputs, roll.ids, roll.mask)
+        whole = train_small.full_inputs(roll.inputs, roll.ids, roll.mask)
+        logits = s.policy(**whole, logits_to_keep=roll.ids.shape[1] + 1).logits[:, :-1].double()
+        logits[..., image] = -math.inf
         p = logits.softmax(-1)
         assert image not in roll.ids and not p[..., image].any()
-        assert sapo.token_entropy(logits).isfinite().all()
-        assert torch.allclose(log_probs.exp(), p.gather(2, roll.ids[..., None])[..., 0], atol=1e-6)
+        assert torch.allclose(entropy.double(), torch.special.entr(p).sum(-1), atol=1e-5)
+        assert torch.allclose(log_probs.exp().double(), p.gather(2, roll.ids[..., None])[..., 0], atol=1e-6)
 
 
 def test_wrong_number_of_image_tokens_is_an_error(mini):  # pitfall 20
     policy, processor, *_ = train_small.load(small(mini))
     problem = toy_env.make_problem(0)
     with pytest.raises(ValueError, match="(?i)number of <image> tokens.* 2 <image> tokens and 1 images"):
-        train_small.encode(processor, [problem.image], ["<image>" + problem.question], "cpu")
-    inputs = train_small.encode(processor, [problem.image], [problem.question], "cpu")
+        train_small.encode(processor, INSTRUCTION, [problem.image], ["<image>" + problem.question], "cpu")
+    inputs = train_small.encode(processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
     one_more = inputs["input_ids"][:, :1]
     with pytest.raises(ValueError, match="(?i)image features and image tokens do not match"):
         train_small.score(policy, inputs, one_more, torch.ones_like(one_more))
@@ -294,24 +301,27 @@ def test_each_prompt_has_a_list_of_images():  # to Gemma 3's processor, a flat l
         transformers.Gemma3ImageProcessorPil(size=dict(height=16, width=16)), tokenizer,
         chat_template=make.TEMPLATE.replace("<image>", "<unk>"), image_seq_length=4)
     images = [toy_env.make_problem(i).image for i in range(3)]
-    inputs = train_small.encode(processor, images, ["red + blue = ?"] * 3, "cpu")
-    alone = [train_small.encode(processor, [x], ["red + blue = ?"], "cpu")["pixel_values"] for x in images]
-    assert torch.equal(inputs["pixel_values"], torch.cat(alone)) and len(inputs["input_ids"]) == 3
+    inputs = train_small.encode(processor, INSTRUCTION, images, ["red + blue = ?"] * 3, "cpu")
+    alone = [train_small.encode(processor, INSTRUCTION, [x], ["red + blue = ?"], "cpu") for x in images]
+    assert torch.equal(inputs["pixel_values"], torch.cat([x["pixel_values"] for x in alone]))
+    assert len(inputs["input_ids"]) == 3
 
 
-def test_take_and_full_inputs_on_packed_images():  # Qwen-VL: 4, 8 and 16 patches one after another
+def test_take_and_full_inputs_on_packed_images():  # Qwen-VL: 4, 8 and 16 patches for 1, 2 and 4 tokens
     grid, pixels = torch.tensor([[1, 2, 2], [1, 4, 2], [2, 2, 4]]), torch.arange(28)[:, None] * torch.ones(5)
-    inputs = dict(input_ids=torch.arange(15).view(3, 5), attention_mask=torch.ones(3, 5), image_grid_thw=grid,
+    prompts = torch.tensor([[0, 1, 2, 99, 4], [5, 99, 99, 8, 9], [99, 99, 99, 99, 14]])
+    inputs = dict(input_ids=prompts, attention_mask=torch.ones(3, 5), image_grid_thw=grid,
                   token_type_ids=torch.ones(3, 5, dtype=torch.long), pixel_values=pixels)
-    taken = train_small.take(inputs, torch.tensor([2, 0]))
+    taken = train_small.take(inputs, torch.tensor([2, 0]), [99])
     assert taken["pixel_values"][:, 0].tolist() == [*range(12, 28), *range(4)]
-    assert taken["input_ids"][:, 0].tolist() == [10, 0] and torch.equal(taken["image_grid_thw"], grid[[2, 0]])
-    tiles = dict(input_ids=inputs["input_ids"], pixel_values=pixels[:5])  # which rows are whose?
-    with pytest.raises(ValueError, match="pixel_values is 5 rows for 3 prompts: expected one each"):
-        train_small.take(tiles, torch.tensor([2, 0]))
+    assert torch.equal(taken["input_ids"], prompts[[2, 0]])
+    assert torch.equal(taken["image_grid_thw"], grid[[2, 0]])
+    tiles = dict(input_ids=prompts, pixel_values=pixels[:5])  # which rows are whose?
+    with pytest.raises(ValueError, match="pixel_values is 5 rows for 3 prompts: expected .* 7 image tokens"):
+        train_small.take(tiles, torch.tensor([2, 0]), [99])
     ids, mask = torch.tensor([[7, 8], [7, 9], [7, 9]]), torch.tensor([[1, 1], [1, 0], [1, 1]]).bool()
     whole = train_small.full_inputs(inputs, ids, mask)
-    assert whole["input_ids"][1].tolist() == [5, 6, 7, 8, 9, 7, 9]
+    assert whole["input_ids"][1].tolist() == [5, 99, 99, 8, 9, 7, 9]
     assert whole["attention_mask"][1].tolist() == [1] * 6 + [0]
     assert whole["token_type_ids"][0].tolist() == [1] * 5 + [0] * 2  # a response is text
     assert whole["pixel_values"] is pixels and whole["image_grid_thw"] is grid  # not per token
@@ -340,7 +350,7 @@ def test_special_tokens_are_the_models_or_tokenizers(mini, monkeypatch, tmp_path
 
 # ----------------------------------------------------------------------------------------------------- credit
 @pytest.mark.parametrize("algo, lam, lam_returns, changes", [
-    ("ppo", 0.95, 0.95, {}), ("vc-ppo", 0.99, 1.0, {}), ("sapo", 0.9, 0.9, {}),
+    ("ppo", 0.95, 0.95, {}), ("vc-ppo", 0.99, 1.0, {}), ("sapo", 0.99, 0.99, {}),
     ("sapo", 0.5, 0.5, dict(lam=0.5, gamma=0.8, value_at="last", top_percent=10.0)),
     ("sapo", 0.5, 0.5, dict(lam=0.5, ratio="token", kl_coef=0.5))])
 def test_credit_with_a_critic_is_a_loop_over_segments(mini, algo, lam, lam_returns, changes):
@@ -525,7 +535,7 @@ def test_metrics_of_an_iteration_match_loops(mini, monkeypatch):
         explained_variance=explained[0], explained_variance_last=explained[1]), abs=1e-5)
 
     monkeypatch.setattr(train_small, "rollout", lambda *args, **mode: roll)
-    result, _ = train_small.evaluate(config, None, None, roll.problems)
+    result, _ = train_small.evaluate(config, None, None, TASK._replace(held_out=roll.problems))
     accuracies = dict.fromkeys(["accuracy_greedy", "accuracy_sampled", "accuracy_paper"], fmean(right))
     read = fmean(toy_env.perception(*x) for x in both)
     assert result == pytest.approx(accuracies | dict(faithful_sampled=faithful, perception_sampled=read))
@@ -568,7 +578,7 @@ def test_same_seed_same_metrics_and_evaluating_changes_nothing(mini, tmp_path, c
     assert ["accuracy_paper" in row for row in runs[1]] == [True, False, False, True, True]
     assert [{k: v for k, v in row.items() if k in short} for row, short in zip(*runs[:2])] == runs[1]
     assert runs[2][1]["entropy"] != runs[0][1]["entropy"] and held_out[2] == held_out[0]
-    problems = [next(train_small.problem_stream(small(mini, seed=seed))) for seed in (0, 0, 1)]
+    problems = [next(train_small.toy_task(small(mini, seed=seed)).stream) for seed in (0, 0, 1)]
     assert problems[0] == problems[1] != problems[2]
     # Policy, critic and its head: only the first falls, once it learns.
     assert rates[:4] == [pytest.approx([3e-3 * x, 1e-3, 2e-3]) for x in (1, 1, 2 / 3, 1 / 3)]
@@ -593,15 +603,16 @@ def test_trains_on_a_data_set_and_saves(mini, tmp_path, monkeypatch, capsys, coi
     policy, processor, critic, *_ = runs[0]
     model = transformers.AutoModelForImageTextToText.from_pretrained(out / "model").eval()
     both = processor, transformers.AutoProcessor.from_pretrained(out / "model")
-    inputs, same = (train_small.encode(x, rows["image"][:2], rows["question"][:2], "cpu") for x in both)
+    two = rows["image"][:2], rows["question"][:2]
+    inputs, same = (train_small.encode(x, INSTRUCTION, *two, "cpu") for x in both)
     assert torch.equal(model(**same).logits, policy(**inputs).logits)
     saved = torch.load(out / "critic.pt")
     assert saved and all(torch.equal(x, critic.state_dict()[k]) for k, x in saved.items())
 
     config = small(mini, dataset=str(tmp_path / "data"), eval_problems=6)
-    held_out, again = ({key(p) for p in train_small.eval_problems(replace(config, seed=i))} for i in (0, 1))
-    streams = [train_small.problem_stream(replace(config, seed=i)) for i in (0, 1)]
-    first, second = ([key(p) for p in itertools.islice(stream, 36)] for stream in streams)  # two passes
+    tasks = [train_small.dataset_task(replace(config, seed=i)) for i in (0, 1)]
+    held_out, again = ({key(p) for p in task.held_out} for task in tasks)
+    first, second = ([key(p) for p in itertools.islice(task.stream, 36)] for task in tasks)  # two passes
     assert held_out == again and len(held_out) == 6 and not held_out & {*first} and first != second
     assert held_out | {*first} == {key(p) for p in toy_env.make_problems(24, operands=2)}
     with pytest.raises(ValueError, match="expected a column 'answer'"):

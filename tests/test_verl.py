@@ -331,7 +331,8 @@ def test_three_steps_of_verls_trainer_are_those_of_sapo_alone(queue, monkeypatch
     theirs = policy, Values(critic).eval()
     ours = copy.deepcopy(theirs)
     optimizers = [torch.optim.SGD(model.parameters(), lr) for model, lr in zip(ours, (0.03, 0.003))]
-    problems, temperature = [toy_env.make_problem(seed) for seed in range(8)], 2.0
+    task, temperature = train_small.toy_task(config), 2.0
+    problems = [toy_env.make_problem(seed) for seed in range(8)]
     groups = dict(actor_rollout_wg=Worker(Engine(theirs[0], 0.03), queue), ref_in_actor=False,
                   critic_wg=Worker(ValueEngine(theirs[1], 0.003), queue), distillation_config=None,
                   ref_policy_wg=Worker(Engine(reference, 0.0), queue))
@@ -341,7 +342,7 @@ def test_three_steps_of_verls_trainer_are_those_of_sapo_alone(queue, monkeypatch
         f"actor_rollout_ref.rollout.temperature={temperature}", "trainer.v1.segments.value_at=last"))
     trainer._setup()
     for step in range(3):
-        roll = train_small.rollout(policy, processor, problems, max_tokens=12, temperature=temperature)
+        roll = train_small.rollout(policy, processor, task, problems, 12, temperature)
         cut = torch.arange(roll.mask.shape[1]) < 12 - torch.arange(8)[:, None]
         roll, outcome = roll._replace(mask=roll.mask & cut), torch.randn(8)  # all lengths differ
         keys, metrics, before = [f"{step}_{i}" for i in range(8)], {}, [weights(model) for model in ours]

@@ -196,8 +196,9 @@ def truth_auroc(model, head, processor, rng: random.Random, device: str, batches
 def errors(policy, processor, operands: int, n: int = 512, **mode) -> tuple[float, dict[str, float]]:
     """Accuracy on held-out problems, and the share of responses by kind of first false statement."""
     config = train_small.complete(train_small.Config(algo="grpo", operands=operands, eval_problems=n))
-    problems = train_small.eval_problems(config)
-    roll = train_small.rollout(policy, processor, problems, config.max_tokens, **mode)
+    task = train_small.toy_task(config)
+    problems = task.held_out
+    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens, **mode)
     first = [toy_env.first_error(p, t) for p, t in zip(problems, roll.texts)]
     kinds = {kind: sum(e is not None and e.kind == kind for e in first) / n for kind in KINDS}
     return float(roll.outcome().mean()), kinds

@@ -1,0 +1,295 @@
+"""Ten families of models, tiny and untrained, with their real processors.
+
+A family whose part of the library is missing (torchvision, num2words) is skipped by name. The oracles are the
+distributions that `generate` sampled from, with its cache, and each response alone, without padding.
+"""
+
+import copy
+import re
+import string
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import datasets
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+import toy_env
+import train_small
+from train_small import INSTRUCTION
+
+# --------------------------------------------------------------------------------------------------- families
+TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16)
+LLAMA, QWEN2, GEMMA = (TEXT | dict(model_type=name) for name in ("llama", "qwen2", "gemma"))
+MROPE = TEXT | dict(rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3]))
+WINDOW = TEXT | dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+              patch_size=8)
+CLIP, SIGLIP = (VISION | dict(model_type=f"{name}_vision_model") for name in ("clip", "siglip"))
+SIGLIP["vision_use_head"] = False
+PATCHES = dict(depth=2, num_heads=2, hidden_size=32, intermediate_size=64, out_hidden_size=64)
+SIDE = dict(height=32, width=32)
+TILES = dict(size=dict(longest_edge=64), max_image_size=dict(longest_edge=32))  # and the whole image
+GRID = dict(image_grid_pinpoints=[[32, 32], [32, 64], [64, 32], [64, 64]])
+
+
+class Family(NamedTuple):
+    """What the tiny model of a family is built from."""
+
+    name: str  # as its classes begin
+    images: tuple[str, dict]  # its image processor
+    config: dict
+    settings: dict = {}  # of its processor
+    videos: str | None = None  # its video processor, which needs torchvision
+    spaces: str = "bytes"  # the kind of its tokenizer
+    bos: str | None = None
+    bos_by: str = ""  # who writes it: tokenizer, template, or both
+    turn: tuple[str, str] | None = ("<|im_start|>", "<|im_end|>")  # begin and end; None: no chat template
+    image: str = "<image>"  # how a template says it
+    named: dict = {}  # tokens that the processor asks the tokenizer for
+
+
+QWEN = dict(images=("Qwen2VL", dict(min_pixels=56 * 56, max_pixels=84 * 84)), videos="Qwen2VL",
+            image="<|vision_start|><|image_pad|><|vision_end|>")
+FAMILIES = {
+    "llava": Family(
+        "Llava", ("CLIP", dict(size=dict(shortest_edge=32), crop_size=SIDE)),
+        dict(text_config=LLAMA, vision_config=CLIP),
+        dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1),
+        spaces="llama", bos="<s>", bos_by="tokenizer", turn=("", "")),
+    "llava_onevision": Family(
+        "LlavaOnevision", ("LlavaOnevision", GRID | dict(size=SIDE)),
+        GRID | dict(text_config=QWEN2, vision_config=SIGLIP),
+        dict(num_image_tokens=16, vision_feature_select_strategy="full"), videos="LlavaOnevision"),
+    "idefics3": Family(
+        "Idefics3", ("Idefics3", TILES), dict(text_config=LLAMA, vision_config=VISION, scale_factor=2),
+        dict(image_seq_len=4), bos="<|begin_of_text|>", bos_by="both", turn=("", "<end_of_utterance>")),
+    "smolvlm": Family(
+        "SmolVLM", ("SmolVLM", TILES), dict(text_config=LLAMA, vision_config=VISION, scale_factor=2),
+        dict(image_seq_len=4), "SmolVLM", bos="<|im_start|>", bos_by="template",
+        turn=("", "<end_of_utterance>")),
+    "qwen2_vl": Family("Qwen2VL", config=dict(text_config=MROPE, vision_config=dict(
+        depth=2, num_heads=2, embed_dim=32, hidden_size=64)), **QWEN),
+    "qwen2_5_vl": Family("Qwen2_5_VL", config=dict(text_config=MROPE, vision_config=PATCHES | dict(
+        window_size=56, fullatt_block_indexes=[1])), **QWEN),
+    "qwen3_vl": Family("Qwen3VL", config=dict(text_config=MROPE, vision_config=PATCHES | dict(
+        patch_size=14, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])), **QWEN),
+    "gemma3": Family(
+        "Gemma3", ("Gemma3", dict(size=SIDE)),
+        dict(text_config=WINDOW, vision_config=SIGLIP, mm_tokens_per_image=4),
+        dict(image_seq_length=4), spaces="gemma", bos="<bos>", bos_by="both",
+        turn=("<start_of_turn>", "<end_of_turn>"), image="<start_of_image>", named=dict(
+            boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")),
+    "internvl": Family(
+        "InternVL", ("GotOcr2", dict(size=SIDE, crop_to_patches=True, max_patches=4)),
+        dict(text_config=QWEN2, vision_config=VISION), dict(image_seq_length=4), "InternVL",
+        image="<IMG_CONTEXT>", named=dict(start_image_token="<img>", end_image_token="</img>",
+                                          context_image_token="<IMG_CONTEXT>", video_token="<video>")),
+    "paligemma": Family(
+        "PaliGemma", ("Siglip", dict(size=SIDE, image_seq_length=16)),
+        dict(text_config=GEMMA, vision_config=SIGLIP, projection_dim=64, hidden_size=64),
+        spaces="gemma", bos="<bos>", bos_by="tokenizer", turn=None),
+}
+SPECIAL = """<pad> <eos> <s> <bos> <|begin_of_text|> <|im_start|> <|im_end|> <end_of_utterance>
+    <start_of_turn> <end_of_turn> <image> <video> <fake_token_around_image> <global-img> <|vision_start|>
+    <|vision_end|> <|image_pad|> <|video_pad|> <start_of_image> <end_of_image> <image_soft_token> <img> </img>
+    <IMG_CONTEXT>""".split()
+SPECIAL += [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
+
+
+def make_tokenizer(family):
+    """Of bytes (GPT-2, Qwen), or with "▁" for a space and bytes for the unknown: "▁" also stands in front
+    (Llama), or not (Gemma). It knows the instruction's words, but each tag is several tokens."""
+    by_bytes, llama = family.spaces == "bytes", family.spaces == "llama"
+    alphabet = [f"<0x{i:02X}>" for i in range(256)] + [*string.ascii_letters, "▁"]
+    if by_bytes:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["Ġ▁"[not by_bytes] + word for word in re.findall(r"\w+", train_small.INSTRUCTION)]
+    merges = [*dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word)))]
+    tokens = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *dict.fromkeys(map("".join, merges))])}
+    core = Tokenizer(models.BPE(tokens, merges, byte_fallback=not by_bytes))
+    if by_bytes:
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+    else:
+        front, strip = [normalizers.Prepend("▁")] * llama, [decoders.Strip(" ", 1, 0)] * llama
+        core.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
+        core.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    if family.bos_by in ("tokenizer", "both"):
+        core.post_processor = processors.TemplateProcessing(f"{family.bos} $A", f"{family.bos} $A $B:1",
+                                                            [(family.bos, tokens[family.bos])])
+    core.add_special_tokens(SPECIAL)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=family.bos, eos_token="<eos>",
+                                                pad_token="<pad>", extra_special_tokens=family.named)
+
+
+def make_model(family, folder):
+    """Save model and processor. Weights are drawn wide, or all tokens would be about as likely."""
+    tokenizer, template = make_tokenizer(family), None
+    if family.turn:
+        begin, end = family.turn
+        bos = "{{ bos_token }}" if family.bos_by in ("template", "both") else ""
+        template = (bos + "{% for m in messages %}" + begin + "{{ m.role }}: {% for c in m.content %}"
+                    "{% if c.type == 'image' %}" + family.image + "{% else %}{{ c.text }}{% endif %}"
+                    "{% endfor %}" + end + "\n{% endfor %}" + begin + "assistant: ")
+    kind, settings = family.images
+    parts = [getattr(transformers, kind + "ImageProcessorPil")(**settings), tokenizer]
+    if family.videos:
+        parts.append(getattr(transformers, family.videos + "VideoProcessor")())
+    make = getattr(transformers, family.name + "Processor")
+    processor = make(*parts, **family.settings, chat_template=template)
+    processor.save_pretrained(folder)
+
+    make = getattr(transformers, family.name + "ForConditionalGeneration")
+    config = make.config_class(**copy.deepcopy(family.config))
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=1, pad_token_id=0, vocab_size=len(tokenizer))
+    image = family.named.get("image_token", processor.image_token)
+    named = dict(image=image, video="<video>", vision_start="<|vision_start|>", vision_end="<|vision_end|>")
+    ids |= {f"{name}_token_id": SPECIAL.index(token) for name, token in named.items()}
+    for part in (config, config.get_text_config()):
+        for name in ids:
+            if hasattr(part, name):  # by an alias too
+                setattr(part, name, ids[name])
+    torch.manual_seed(0)
+    model = make(config)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.12)
+    ends = [1, *range(70, len(tokenizer), 8)]  # one token in eight ends a response, or hardly any would end
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    model.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+SIZES = (48, 48), (60, 100), (130, 40), (33, 37), (64, 64), (20, 90)
+
+
+def small(folder, **changes):
+    options = dict(iterations=2, responses=16, mini_batches=2, critic_warmup=0, operands=2, max_tokens=10,
+                   eval_problems=4, eval_every=2, lr=1e-3, device="cpu", out=str(folder / "run"))
+    return train_small.complete(train_small.Config(model=str(folder), **options | changes))
+
+
+def many_sizes(n):
+    """Problems of 2 to 5 operands, their images stretched."""
+    drawn = [toy_env.make_problem(i, operands=2 + i % 4) for i in range(n)]
+    return [replace(p, image=p.image.resize(SIZES[i % len(SIZES)])) for i, p in enumerate(drawn)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """The folder of a family's model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    try:
+        make_model(FAMILIES[request.param], folder)
+    except ImportError as error:
+        pytest.skip(f"{request.param}: {' '.join(str(error).split())[:150]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sampled(family):
+    """Models, a rollout of ragged prompts and responses, and the logits (B, T, V) it was sampled from."""
+    config = small(family, max_tokens=48, temperature=0.8, mini_batches=1)
+    torch.manual_seed(0)
+    policy, processor, critic, reference = train_small.load(config)
+    task = train_small.toy_task(config)
+    policy.generation_config.eos_token_id = policy.generation_config.eos_token_id[::3]  # for longer responses
+    generate, kept = policy.generate, []
+
+    def keep(**inputs):
+        out = generate(**inputs, output_logits=True, return_dict_in_generate=True)
+        kept.extend(out.logits)
+        return out.sequences
+
+    policy.generate = keep
+    roll = train_small.rollout(policy, processor, task, many_sizes(16), config.max_tokens, config.temperature)
+    del policy.generate
+    logits = torch.stack(kept, 1)[:, : roll.ids.shape[1]]
+    lengths, prompts = roll.mask.sum(1).unique(), roll.inputs["attention_mask"].sum(1).unique()
+    assert lengths.max() > 40 and len(lengths) > 6 and len(prompts) > 3
+    return SimpleNamespace(**locals())
+
+
+# ------------------------------------------------------------------------------------------------------ tests
+@torch.no_grad()
+def test_scores_are_those_of_sampling_and_of_each_response_alone(sampled):
+    s, roll, temperature = sampled, sampled.roll, sampled.config.temperature
+    log_probs, _ = train_small.score(s.policy, roll.inputs, roll.ids, roll.mask, temperature)
+    logits = s.logits / temperature
+    logits[..., train_small.banned_ids(s.policy)] = -torch.inf
+    expected = logits.log_softmax(2).gather(2, roll.ids[..., None])[..., 0]
+    assert (log_probs - expected)[roll.mask].abs().max() < 1e-4
+    for problem, ids, keep, found in zip(roll.problems, roll.ids, roll.mask, log_probs):
+        prompt = train_small.encode(s.processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
+        assert prompt["attention_mask"].all()
+        alone, _ = train_small.score(s.policy, prompt, ids[None, keep], keep[None, keep], temperature)
+        assert (alone[0] - found[keep]).abs().max() < 1e-4
+    seen, pixels = roll.inputs["attention_mask"], roll.inputs["pixel_values"]
+    for name, x in dict(attention_mask=torch.ones_like(seen), pixel_values=-pixels).items():  # these show
+        off, _ = train_small.score(s.policy, roll.inputs | {name: x}, roll.ids, roll.mask, temperature)
+        assert (off - log_probs)[roll.mask].abs().max() > 1e-2
+
+
+def test_pieces_join_to_the_text_and_a_prompt_has_one_bos(sampled):
+    tokenizer, roll = sampled.processor.tokenizer, sampled.roll
+    for ids, keep, pieces, text in zip(roll.ids, roll.mask, roll.pieces, roll.texts):
+        assert "".join(pieces) == text and len(pieces) == keep.sum()
+        for t in range(1, len(pieces)):
+            said = tokenizer.decode(ids[:t], skip_special_tokens=True)
+            if text.startswith(said) and not said.endswith("\ufffd"):  # whole characters
+                assert "".join(pieces[:t]) == said
+    if tokenizer.bos_token:
+        assert (roll.inputs["input_ids"] == tokenizer.bos_token_id).sum(1).tolist() == [1] * 16
+
+
+def test_micro_batches_and_pieces_of_logits_give_the_gradient_of_the_whole_batch(sampled, monkeypatch):
+    s, steps = sampled, []
+    for size, logits in ((0, 2**30), (3, 1)):
+        monkeypatch.setattr(train_small, "LOGITS", logits)  # in fp32 at a time
+        config = replace(s.config, micro_batch=size)
+        policy, critic = copy.deepcopy(s.policy), copy.deepcopy(s.critic)
+        torch.nn.init.ones_(critic.head.weight)  # at 0 it stops the gradient
+        old = copy.deepcopy([*policy.parameters(), *critic.parameters()])
+        scored = train_small.score_all(config, policy, s.reference, critic, s.roll)
+        outcome = torch.tensor([1.0, 0, 0, 1] * 4)
+        credit = train_small.assign_credit(config, policy, s.processor, s.roll, scored, outcome)
+        optimizers = [(m, torch.optim.SGD(m.parameters(), lr=1.0)) for m in (policy, critic)]
+        train_small.update(config, policy, critic, optimizers, s.roll, scored, credit)
+        new = [*policy.parameters(), *critic.parameters()]
+        steps.append(torch.cat([(p - q).detach().flatten() for p, q in zip(new, old)]))
+    assert steps[0].norm() > 0.5 and (steps[0] - steps[1]).norm() < 1e-3 * steps[0].norm()
+
+
+@pytest.mark.parametrize("algo", ["sapo", "srpo", "grpo"])
+def test_trains(family, algo, coin):
+    *_, history, _ = train_small.train(small(family, algo=algo, micro_batch=5 * (algo == "srpo")))
+    assert len(history) == 3 and all(row["grad_norm"] > 0 for row in history[1:])
+    assert history[1]["first_ratio_deviation"] < 1e-4 and abs(history[1]["kl_to_start"]) < 1e-5
+    assert history[2]["kl_to_start"] != 0 and (algo != "sapo" or history[2]["value_loss"] > 0)
+
+
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
+@pytest.mark.parametrize("held_out", ["test", "validation"])
+def test_trains_on_the_columns_of_geometry3k(family, held_out, tmp_path, monkeypatch, coin):
+    """A list of images of any size and mode, `<image>` in the problem, and a split that is held out."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    modes, drawn = ("RGB", "RGBA", "L", "P", "LA", "1", "CMYK"), many_sizes(22)
+    (tmp_path / "data").mkdir()
+    for name, part in {"train": range(16), held_out: range(16, 22)}.items():
+        table = datasets.Dataset.from_dict(dict(
+            images=[[drawn[i].image.convert(modes[i % len(modes)])] for i in part],
+            problem=["<image>" + drawn[i].question for i in part], answer=[drawn[i].answer for i in part]))
+        table.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    config = small(family, algo="grpo", dataset=str(tmp_path / "data"))
+    task = train_small.dataset_task(config)
+    stream, evaluated = task.stream, task.held_out
+    assert {next(stream).question for _ in range(16)} == {p.question for p in drawn[:16]}
+    assert len(evaluated) == 4 and {p.question for p in evaluated} <= {p.question for p in drawn[16:]}
+    *_, history, _ = train_small.train(config)
+    assert history[1]["first_ratio_deviation"] < 1e-4 and history[2]["kl_to_start"] != 0
