@@ -188,7 +188,8 @@ def stated_answer(response: str) -> str | None:
 
 def reward(problem: Problem, response: str) -> float:
     """1.0 if the format parses and its one answer is, to the character, the problem's answer; else 0.0."""
-    return float(stated_answer(response) == problem.answer)
+    stated = stated_answer(response)
+    return float(stated is not None and stated == problem.answer)
 
 
 class Statement(NamedTuple):

@@ -2,9 +2,9 @@
 
 Read from top to bottom, in the order of a training step:
 
-    Config → load → rollout → score_all → assign_credit → update → evaluate → train → report → main
+    Config → load → rollout → score_all → assign_credit → update → evaluate → prepare → learn → main
 
-`train` is the loop. All algorithms share every function; they differ in ALGORITHMS and, side by side, in
+`learn` is the loop. All algorithms share every function; they differ in ALGORITHMS and, side by side, in
 `assign_credit` and `policy_objective`. The maths is in sapo.py and srpo.py, the world in toy_env.py. The
 default model, tiny_vlm/, is loaded, sampled and saved as any other would be.
 """
@@ -13,10 +13,14 @@ import copy
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -100,7 +104,8 @@ class Config:
     eval_every: int = HfArg(default=10, help="iterations between evaluations")
     eval_problems: int = HfArg(default=256, help="held-out problems per evaluation")
     device: str | None = HfArg(default=None, help="cuda, mps or cpu (default: the first there is)")
-    out: str | None = HfArg(default=None, help="folder of metrics and curves (default: runs/ALGO-SEED)")
+    out: str | None = HfArg(default=None, help="the run's folder, a new one (default: runs/ALGO-SEED)")
+    resume: str | None = HfArg(default=None, help="a run's folder: go on from its last checkpoint")
     save: bool = HfArg(default=False, help="save the trained model in OUT/model, its critic in OUT/critic.pt")
 
     @property
@@ -112,31 +117,52 @@ class Config:
         return ALGORITHMS[self.algo]["group"]
 
 
+COUNTS = "iterations", "responses", "mini_batches", "epochs", "eval_every", "eval_problems"
+RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | dict(  # least and most; toy_env checks its own
+    seed=(0, 2**32 - 1), micro_batch=(0, math.inf), critic_warmup=(0, math.inf), max_tokens=(2, math.inf),
+    lr=(1e-12, 1), critic_lr=(1e-12, 1), head_lr=(1e-12, 1), temperature=(0.01, 100), top_percent=(0.01, 100),
+    gamma=(0, 1), lam=(0, 1), lam_returns=(0, 1), kl_coef=(0, 100), clip_low=(0, 1), clip_high=(0, 100))
+
+
 def complete(config: Config) -> Config:
-    """The config with every None replaced, or ValueError before any work is done."""
+    """The config with every None replaced (but for GAE's, where there is no critic), or ValueError before any
+    work is done."""
     if config.algo not in ALGORITHMS:
         raise ValueError(f"algo is {config.algo!r}: expected one of {', '.join(ALGORITHMS)}")
-    defaults = dict(lam=1.0, clip_low=0.2, clip_high=0.2)
-    defaults |= dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
-    defaults |= dict(lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048)  # Table 7
-    defaults |= ALGORITHMS[config.algo]
+    defaults = dict(clip_low=0.2, clip_high=0.2, lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048)
+    defaults |= ALGORITHMS[config.algo] | dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
     if Path(config.model).resolve() == Path(TINY_VLM):  # tuned on it; lambda for about a dozen segments
         defaults |= dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, max_tokens=16 * config.operands + 40)
         defaults |= dict(lam=0.9) if config.algo == "sapo" else {}
-    defaults = {k: v for k, v in defaults.items() if k not in ("critic", "group")}
-    config = replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
-    counts = "iterations", "responses", "mini_batches", "epochs", "eval_every", "eval_problems"
-    for name in (*counts, "temperature"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} is {getattr(config, name)}: expected a number above 0")
-    if config.critic and not 0 <= config.critic_warmup < config.iterations:
+    for name in ("lam", "lam_returns"):
+        if not config.critic and getattr(config, name) is not None:
+            raise ValueError(f"{name} is {getattr(config, name)}: expected none, as {config.algo} has no "
+                             "critic")
+    names = [name for name in defaults if name not in ("critic", "group") and getattr(config, name) is None]
+    config = replace(config, **{name: defaults[name] for name in names})
+    for name, (low, high) in RANGES.items():
+        number = getattr(config, name)
+        if number is not None and not low <= number <= high:
+            raise ValueError(f"{name} is {number}: expected a number from {low:g} to {high:g}")
+    if config.algo == "gspo" and config.kl_coef:
+        raise ValueError(f"kl_coef is {config.kl_coef}: expected 0 for gspo, which has no reference")
+    if config.critic and config.critic_warmup >= config.iterations:
         raise ValueError(f"critic_warmup is {config.critic_warmup}: expected 0 or more, and less than the "
                          f"{config.iterations} iterations, or the policy never learns")
     if config.responses % (config.group * config.mini_batches):
         raise ValueError(f"responses is {config.responses}: expected a multiple of {config.mini_batches} "
                          f"mini-batches × {config.group} responses per prompt")
-    toy_env.make_problem(0, prior=config.prior, **difficulty(config))  # raises for one that cannot be drawn
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {config.device!r}: expected one of this machine ({first_line(error)})")
+    for prior in (config.prior, 0.0, float(config.prior > 0)):  # raises for one that cannot be drawn
+        toy_env.make_problem(0, prior=prior, **difficulty(config))
     return config
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def best_device() -> str:
@@ -146,10 +172,18 @@ def best_device() -> str:
 # --------------------------------------------------------------------------------------------- model and data
 def load(config: Config) -> tuple:
     """Policy, processor, and, for the methods that need them, critic and frozen reference (else None)."""
-    processor = transformers.AutoProcessor.from_pretrained(config.model)
-    policy = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(config.model)
+        policy, found = transformers.AutoModelForImageTextToText.from_pretrained(
+            config.model, dtype=torch.float32, output_loading_info=True)
+        processor.tokenizer.padding_side = "left"
+    except Exception as error:  # a library's: of any kind
+        raise ValueError(f"model is {config.model!r}: expected an image-text-to-text model, a folder or "
+                         f"a name ({first_line(error)})") from error
+    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
+        raise ValueError(f"model is {config.model!r}: expected all weights, but {missing[0]} and "
+                         f"{len(missing) - 1} more are missing or of another shape")
     policy = policy.to(config.device).eval()  # eval: no dropout, or the first ratio is not 1
-    processor.tokenizer.padding_side = "left"
     own, tokenizer = policy.generation_config.eos_token_id, processor.tokenizer
     eos = tokenizer.eos_token_id if own is None else own  # 0 is an id like any other
     eos = eos if isinstance(eos, list) else [eos]
@@ -183,6 +217,7 @@ class Task(NamedTuple):
     held_out: list[Problem]  # for evaluation, the same for every run
     instruction: str
     reward: Callable[[Problem, str], float]  # of a problem and a response's text, from 0 to 1
+    skipped: Collection = ()  # rows of a data set that could not be read
 
 
 def toy_task(config: Config) -> Task:
@@ -195,27 +230,12 @@ def toy_task(config: Config) -> Task:
 
 def dataset_task(config: Config, instruction: str = INSTRUCTION,
                  reward: Callable[[Problem, str], float] | None = None) -> Task:
-    """A data set with image(s), question or problem, and answer. Its test or validation split is held out or,
-    where there is none, a share of the training split."""
-    splits = datasets.load_dataset(config.dataset)
-    columns = splits["train"].column_names
-    for names in (("image", "images"), ("question", "problem"), ("answer",)):
-        if not {*names} & {*columns}:
-            raise ValueError(f"dataset is {config.dataset!r}, with columns {columns}: "
-                             f"expected a column {' or '.join(map(repr, names))}")
-    if len(splits) == 1:
-        splits = splits["train"].train_test_split(test_size=config.eval_problems, seed=0)
-    rows = splits["train"].shuffle(seed=config.seed)
-    held_out = splits.get("test", splits.get("validation")).shuffle(seed=0)
-    held_out = held_out.select(range(min(config.eval_problems, len(held_out))))
-    stream = (from_row(row) for _ in itertools.count() for row in rows)
-    return Task(stream, list(map(from_row, held_out)), instruction, reward or toy_env.reward)
+    """A data set with image(s), question or problem, and answer."""
+    from examples.own_data import problems_of
 
-
-def from_row(row: dict) -> Problem:
-    image = row["image"] if "image" in row else row["images"][0]
-    question = row["question"] if "question" in row else row["problem"]
-    return Problem(image.convert("RGB"), question.replace("<image>", "").strip(), str(row["answer"]))
+    prompts = config.responses // config.group
+    stream, held_out, skipped = problems_of(config.dataset, config.eval_problems, prompts, config.seed)
+    return Task(stream, held_out, instruction, reward or toy_env.reward, skipped)
 
 
 def encode(processor, instruction: str, images: list, questions: list[str], device: str) -> dict[str, Tensor]:
@@ -456,11 +476,22 @@ def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: 
     return sapo.policy_loss(log_probs, scored.log_probs, credit.advantages, credit.ends, mask, **clips)
 
 
+class NotFinite(ArithmeticError):
+    """The name of a quantity that is nan or infinite."""
+
+
+def check_finite(**quantities: Tensor) -> None:
+    for name, x in quantities.items():
+        if not x.isfinite().all():
+            raise NotFinite(name)
+
+
 # ----------------------------------------------------------------------------------------------------- update
 def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollout, scored: Scored,
            credit: Credit, learn_policy: bool = True) -> dict[str, float]:
     """`epochs` passes over the rollout in mini-batches, a step of each optimizer on each. -> metrics: means;
-    max_ratio_deviation the largest; first_ratio_deviation that of the first mini-batch, which must be 0."""
+    max_ratio_deviation the largest; first_ratio_deviation that of the first mini-batch, which must be 0.
+    NotFinite is raised before the step that it would spoil."""
     B, steps, total = len(roll.ids), config.epochs * config.mini_batches, defaultdict(float)
     for _ in range(config.epochs):
         for mini in torch.randperm(B).to(roll.ids.device).split(B // config.mini_batches):
@@ -471,20 +502,27 @@ def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollou
                 metrics = {}
                 if learn_policy:
                     log_probs, _ = score(policy, *these, config.temperature)
+                    check_finite(log_probs=log_probs[these[2]])
                     loss, metrics = policy_objective(config, log_probs, old, target, roll.mask[rows])
+                    check_finite(loss=loss)
                     (share * loss).backward()
                     largest = max(total["max_ratio_deviation"], float(metrics.pop("max_ratio_deviation")))
                     total["max_ratio_deviation"] = largest
                 if critic:
-                    loss = sapo.value_loss(value(critic, *these), target.returns, target.value_mask)
+                    values = value(critic, *these)
+                    check_finite(values=values[these[2]])
+                    loss = sapo.value_loss(values, target.returns, target.value_mask)
+                    check_finite(value_loss=loss)
                     (share * loss).backward()
                     metrics["value_loss"] = loss.detach()
                 for name, x in metrics.items():
                     total[name] += share * float(x) / steps
             if learn_policy:
                 total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
-            for model, optimizer in optimizers:
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) for model, _ in optimizers]
+            for norm in norms:
+                check_finite(grad_norm=norm)
+            for (model, optimizer), norm in zip(optimizers, norms):
                 if model is policy and learn_policy:
                     total["grad_norm"] += float(norm) / steps
                 if model is critic or learn_policy:
@@ -520,6 +558,7 @@ def describe(roll: Rollout, scored: Scored, credit: Credit, outcome: Tensor) -> 
         entropy=float(scored.entropy[mask].mean()),
         response_length=float(mask.sum(1).float().mean()),
         truncated=float(roll.truncated.float().mean()),
+        unreadable=fmean(toy_env.parse(text) is None for text in roll.texts),
         segments_per_response=float(marks.sum(1).float().mean()),
     )
     if roll.problems[0].cells:
@@ -535,49 +574,213 @@ def describe(roll: Rollout, scored: Scored, credit: Credit, outcome: Tensor) -> 
     return row
 
 
+# ---------------------------------------------------------------------------------- a run and its checkpoints
+FORM = 1  # of a checkpoint
+MAY_CHANGE = "iterations", "device", "out", "resume"  # where a run goes on
+
+
+class Run(NamedTuple):
+    """All that an iteration needs, and the checkpoint to go on from, if there is one."""
+
+    config: Config
+    task: Task
+    policy: torch.nn.Module
+    processor: transformers.ProcessorMixin
+    critic: sapo.SegmentCritic | None
+    reference: torch.nn.Module | None
+    optimizers: list[tuple]
+    state: dict | None
+
+
+class Stopped(RuntimeError):
+    """Why a run ends before its time."""
+
+
+def prepare(config: Config, task: Task | None = None, models: tuple | None = None) -> Run:
+    """Models, problems, and the run's folder with run.json, which says what made it. `task` and `models` (as
+    from `load`) are one's own, if they are not what config says. ValueError, OSError: it cannot begin."""
+    config = complete(config)
+    out, file = Path(config.out), Path(config.out) / "run.json"
+    if not config.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"out is {config.out!r}, which is not an empty folder: expected a new one, or "
+                         f"--resume {config.out} to go on with the run in it")
+    state = read_checkpoint(out) if config.resume else None
+    torch.manual_seed(config.seed)
+    models = models or load(config)
+    task = task or (dataset_task if config.dataset else toy_task)(config)
+    run = Run(config, task, *models, make_optimizers(config, models[0], models[2]), state)
+    out.mkdir(parents=True, exist_ok=True)
+    git = "git describe --always --dirty"  # nothing where there is none
+    commit = subprocess.run(git, shell=True, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    made = dict(command=sys.argv, commit=commit, torch=torch.__version__, device=config.device,
+                transformers=transformers.__version__, datasets=datasets.__version__)
+    made["device"] += f" ({torch.cuda.get_device_name()})" if "cuda" in config.device else ""
+    if state:
+        parts = json.loads(file.read_text())["parts"]
+    else:
+        parts = file.touch(exist_ok=False) or []  # of two runs that begin here, one does
+    write_json(file, dict(config=asdict(config), parts=[*parts, made]))
+    return run
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def save_checkpoint(run: Run, **more) -> None:
+    """All that what comes next depends on, in a file that is whole or not there. The one before stays."""
+    models, out = dict(policy=run.policy, critic=run.critic), Path(run.config.out)
+    state = dict(more, form=FORM, random=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all(),
+                 optimizers=[optimizer.state_dict() for _, optimizer in run.optimizers])
+    state |= {name: model.state_dict() for name, model in models.items() if model}
+    with open(out / "checkpoint.tmp", "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # on a full disk
+            raise OSError(f"{file.name} could not be written ({first_line(error)})") from error
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(out / "checkpoint.tmp", out / f"checkpoint-{more['iteration']:05}.pt")
+    for old in sorted(out.glob("checkpoint-*.pt"))[:-2]:
+        old.unlink()
+
+
+def read_checkpoint(out: Path) -> dict:
+    """The last one that can be read in a run's folder. What is pickled in it is never run."""
+    for path in sorted(out.glob("checkpoint-*.pt"), reverse=True):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["form"] == FORM:
+                return state
+            error = f"form is {state['form']}: expected {FORM}"
+        except Exception as wrong:  # torn or foreign: of any kind
+            error = wrong
+        print(f"{path} cannot be read ({first_line(error)}): the one before it is used", file=sys.stderr)
+    raise ValueError(f"resume is {str(out)!r}: expected a folder with a checkpoint that can be read")
+
+
+def restore(run: Run) -> None:
+    """Everything as it was at the checkpoint."""
+    for name, model in dict(policy=run.policy, critic=run.critic).items():
+        if model:
+            model.load_state_dict(run.state[name])
+    for (_, optimizer), its in zip(run.optimizers, run.state["optimizers"]):
+        optimizer.load_state_dict(its)
+    for _ in range(run.state["iteration"]):
+        take_prompts(run.config, run.task)
+    torch.set_rng_state(run.state["random"])
+    if torch.cuda.device_count() == len(run.state["cuda"]):
+        torch.cuda.set_rng_state_all(run.state["cuda"])
+
+
 # ------------------------------------------------------------------------------------------------------ train
 def train(config: Config, on_iteration: Callable | None = None, task: Task | None = None,
           models: tuple | None = None) -> tuple:
-    """Train and write OUT/metrics.jsonl. -> policy, processor, critic, the metrics (a list of dicts, one per
-    iteration, the first before any update) and the T = 1 evaluation rollouts before and after. What
-    `on_iteration(i, policy, critic, roll, scored, credit)`, called after an update, returns is logged too.
-    `task` and `models` (as from `load`) are one's own, if they are not what config says."""
-    config = complete(config)
-    torch.manual_seed(config.seed)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    policy, processor, critic, reference = models or load(config)
-    task = task or (dataset_task if config.dataset else toy_task)(config)
-    optimizers = make_optimizers(config, policy, critic)
-    evaluation, before = evaluate(config, policy, processor, task)
-    history, after = [dict(iteration=0, responses=0, seconds=0.0, **evaluation)], before
-    warmup, start = config.critic_warmup if critic else 0, time.time()
-    with open(out / "metrics.jsonl", "w") as file, tqdm(total=config.iterations, unit="it") as bar:
-        file.write(json.dumps(history[0]) + "\n")
-        for i in range(1, config.iterations + 1):
+    """`prepare` and `learn`. -> policy, processor, critic, and what `learn` returns."""
+    run = prepare(config, task, models)
+    return run.policy, run.processor, run.critic, *learn(run, on_iteration)
+
+
+def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambda: False) -> tuple:
+    """The loop, until the last iteration or `stop()`. Writes OUT/metrics.jsonl, and a checkpoint at each
+    evaluation. -> the metrics, a dict for each iteration, the first before any update; and the responses to
+    the held-out problems at T = 1, before and after. What `on_iteration(i, policy, critic, roll, scored,
+    credit)`, called after an update, returns is logged too."""
+    config, task, policy, processor, critic, _, optimizers, state = run
+    out, warmup = Path(config.out), config.critic_warmup if critic else 0
+    history, said, start = [], set(), time.time() - (state["seconds"] if state else 0)
+
+    def log(row):
+        history.append({k: None if v != v else v for k, v in row.items()})  # nan is no JSON
+        file.write(json.dumps(history[-1]) + "\n")
+        file.flush()
+
+    def save():
+        save_checkpoint(run, iteration=i, seconds=time.time() - start, before=before, after=after)
+
+    with open(out / "metrics.jsonl", "r+" if state else "x") as file, tqdm(total=config.iterations) as bar:
+        if state:
+            restore(run)
+            i, before, after = state["iteration"], state["before"], state["after"]
+            lines = file.readlines()[: i + 1]  # those behind the checkpoint are made again
+            history = [json.loads(line) for line in lines]
+            file.seek(sum(map(len, lines)))
+            file.truncate()
+        else:
+            evaluation, roll = evaluate(config, policy, processor, task)
+            i, before, after = 0, roll.texts, roll.texts
+            log(dict(iteration=0, responses=0, seconds=0.0, **evaluation))
+            save()
+        bar.update(i)
+        while i < config.iterations and not stop():
+            i += 1
             left = 1 - max(0, i - warmup - 1) / (config.iterations - warmup)  # falls linearly towards 0
             optimizers[0][1].param_groups[0]["lr"] = config.lr * left
-            problems = take_prompts(config, task)
-            roll = rollout(policy, processor, task, problems, config.max_tokens, config.temperature,
-                           micro_batch=config.micro_batch)
-            scored, outcome = score_all(config, policy, reference, critic, roll), roll.outcome()
-            credit = assign_credit(config, policy, processor, roll, scored, outcome)
-            found = update(config, policy, critic, optimizers, roll, scored, credit, learn_policy=i > warmup)
-            row = dict(iteration=i, responses=i * config.responses, seconds=round(time.time() - start, 2))
-            row |= describe(roll, scored, credit, outcome) | found
-            if i % config.eval_every == 0 or i == config.iterations:
-                evaluation, after = evaluate(config, policy, processor, task)
-                row |= evaluation
-            if on_iteration:
-                row |= on_iteration(i, policy, critic, roll, scored, credit) or {}
-            row = {k: None if v != v else v for k, v in row.items()}  # nan is no JSON
-            history.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            evaluates = i % config.eval_every == 0 or i == config.iterations
+            roll, scored, credit, found = iterate(run, i, learn_policy=i > warmup)
+            if evaluates:
+                evaluation, last = evaluate(config, policy, processor, task)
+                after, found = last.texts, found | evaluation
+            if on_iteration and credit:
+                found |= on_iteration(i, policy, critic, roll, scored, credit) or {}
+            seconds = round(time.time() - start, 2)
+            log(dict(iteration=i, responses=i * config.responses, seconds=seconds) | found)
+            for sentence in set(complaints(history, warmup)) - said:
+                tqdm.write(f"iteration {i}: {sentence}", file=sys.stderr)
+                said.add(sentence)
+            if evaluates or stop():
+                save()
+            if all("not_finite" in row for row in history[-3:]):
+                raise Stopped(f"{found['not_finite']} was not finite three times in a row (the batches: "
+                              f"{out}/not-finite-*.pt): try a lower --lr, --critic-lr or --head-lr")
             bar.update()
-            bar.set_postfix(reward=f"{row['reward']:.2f}")
-    return policy, processor, critic, history, (before, after)
+            bar.set_postfix(reward=f"{found.get('reward', math.nan):.2f}")
+    made = json.loads((out / "run.json").read_text())
+    made["parts"][-1] |= dict(iteration=i, seconds=round(time.time() - start, 2))
+    write_json(out / "run.json", made)
+    return history, (before, after)
+
+
+def iterate(run: Run, i: int, learn_policy: bool) -> tuple[Rollout, Scored, Credit | None, dict[str, float]]:
+    """A rollout, its scores, its credit, an update. Where a quantity is not finite, no step is taken with it,
+    and the batch is kept."""
+    config, task, policy, processor, critic, reference, optimizers, _ = run
+    problems = take_prompts(config, task)
+    roll = rollout(policy, processor, task, problems, config.max_tokens, config.temperature,
+                   micro_batch=config.micro_batch)
+    scored, outcome = score_all(config, policy, reference, critic, roll), roll.outcome()
+    try:
+        figures = {name: x[roll.mask] for name, x in scored._asdict().items() if x is not None}
+        check_finite(reward=outcome, **figures)
+        credit = assign_credit(config, policy, processor, roll, scored, outcome)
+        found = update(config, policy, critic, optimizers, roll, scored, credit, learn_policy)
+    except NotFinite as error:
+        for _, optimizer in optimizers:
+            optimizer.zero_grad()
+        batch = dict(texts=roll.texts, ids=roll.ids, mask=roll.mask, outcome=outcome, **scored._asdict())
+        torch.save(dict(quantity=str(error), **batch), Path(config.out) / f"not-finite-{i}.pt")
+        return roll, scored, None, dict(not_finite=str(error))
+    return roll, scored, credit, describe(roll, scored, credit, outcome) | found
+
+
+def complaints(history: list[dict], warmup: int) -> Iterator[str]:
+    """What cannot learn says so."""
+    rows = [row for row in history if "reward" in row]
+    row, first, last = (rows or [{}])[-1], (rows or [{}])[0], rows[-5:]
+    explained = [r.get("explained_variance") or 0 for r in last if r["iteration"] > warmup + 1]
+    if row.get("truncated") == 1:
+        yield "all responses are cut off: raise --max-tokens"
+    if row.get("unreadable", 0) > 0.5:
+        yield "more than half of the responses do not have the format of the instruction"
+    if len(last) == 5 and {r["reward"] for r in last} in ({0}, {1}):
+        yield "all rewards were equal for five iterations: there is nothing to learn from"
+    if row.get("first_ratio_deviation", 0) > 1e-3:
+        yield "the ratio is not 1 before the first step: scoring differs from sampling"
+    if len(explained) == 5 and fmean(explained) < 0:
+        yield "the critic is worse than a constant: lower --critic-lr or --head-lr"
+    if row.get("entropy", 1) < first.get("entropy", 0) / 100:
+        yield "the entropy fell to a hundredth: lower --lr"
 
 
 def make_optimizers(config: Config, policy, critic) -> list[tuple]:
@@ -596,71 +799,79 @@ def take_prompts(config: Config, task: Task) -> list[Problem]:
     return [problem for problem in problems for _ in range(config.group)]
 
 
-# ----------------------------------------------------------------------------------------------------- report
-PANELS = [("reward", "accuracy_greedy", "accuracy_sampled", "accuracy_paper"), ("faithful",), ("entropy",),
-          ("explained_variance", "explained_variance_last"), ("blame_auroc",), ("value_loss",)]
-
-
-def plot(history: list[dict], path: Path, title: str) -> None:
-    """The curves of a run, against the number of responses."""
-    import matplotlib
-    import pandas
-
-    matplotlib.use("Agg")
-    table = pandas.DataFrame(history).set_index("responses").interpolate(limit_area="inside")
-    panels = [tuple(name for name in panel if name in table) for panel in PANELS]
-    panels = [panel for panel in panels if panel]  # without a critic there are fewer
-    axes = table[[name for panel in panels for name in panel]].plot(
-        subplots=panels, layout=(2, 3), figsize=(12, 6), title=title, grid=True, sharex=False)
-    axes.flat[0].figure.tight_layout()
-    axes.flat[0].figure.savefig(path, dpi=110)
-
-
-def report(history: list[dict], before: Rollout, after: Rollout) -> None:
-    """Print what became of the held-out problems and of the critic, and three responses before and after."""
-    print(f"\n{'':44}{'before':>8}{'after':>8}")
-    for name in (name for name in history[0] if name not in ("iteration", "responses", "seconds")):
-        print(f"{name:44}{history[0][name]:8.3f}{history[-1][name]:8.3f}")
-    for name in ("explained_variance_last", "explained_variance", "blame_auroc"):
-        if values := [row[name] for row in history if row.get(name) is not None]:
-            print(f"{name + ', mean over the run':52}{fmean(values):8.3f}")
-    for i, problem in enumerate(before.problems[:3]):
-        print(f"\n{problem.question}   answer {problem.answer}")
-        for name, roll in (("before", before), ("after", after)):
-            print(f"{name:>7}  " + marked(problem, roll.texts[i]).replace("\n", "\n" + 9 * " "))
-
-
-def marked(problem: Problem, response: str) -> str:
-    """The response with its first error between » and «."""
-    error = toy_env.first_error(problem, response) if problem.cells else None
-    if error is None:
-        return response
-    return f"{response[:error.start]}»{response[error.start:error.end]}«{response[error.end:]}"
-
-
 # ------------------------------------------------------------------------------------------------------- main
-def parse_arguments(arguments: list[str] | None = None) -> Config:
-    """The command line: one flag for each field of Config."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    return parser.parse_args_into_dataclasses(arguments)[0]
+def parse_arguments(arguments: list[str] | None = None, kind: type = Config) -> Config:
+    """The command line: one flag for each field of Config. With --resume, the run's own settings."""
+    parser = HfArgumentParser(kind, description=__doc__.split("\n")[0])
+
+    def refuse(message):
+        raise ValueError(message)
+
+    parser.error = refuse  # without the usage of 40 options before it
+    config = parser.parse_args_into_dataclasses(arguments)[0]
+    if config.resume is None:
+        return config
+    try:
+        saved = json.loads((Path(config.resume) / "run.json").read_text())["config"]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"resume is {config.resume!r}: expected a run's folder ({first_line(error)})")
+    saved = {k: v for k, v in saved.items() if k not in ("resume", "out")}
+    parser.set_defaults(**saved)
+    config = parser.parse_args_into_dataclasses(arguments)[0]
+    for name, value in saved.items():
+        if name not in MAY_CHANGE and getattr(config, name) != value:
+            raise ValueError(f"{name} is {getattr(config, name)}: expected {value}, as in {config.resume}")
+    return replace(config, out=config.resume)
 
 
 def main() -> None:
-    try:
-        config = complete(parse_arguments())
-    except ValueError as error:
-        sys.exit(f"train_small.py: {error}")
+    def leave(error, status):
+        print(f"train_small.py: {first_line(error)}", file=sys.stderr)
+        sys.exit(status)
+
+    def note(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second is obeyed at once
+
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     transformers.utils.logging.disable_progress_bar()
-    start, out = time.time(), Path(config.out)
-    policy, processor, critic, history, (before, after) = train(config)
-    plot(history, out / "curves.png", f"{config.algo}, seed {config.seed}, {config.operands} operands")
-    report(history, before, after)
-    if config.save:
-        policy.save_pretrained(out / "model")
-        processor.save_pretrained(out / "model")
-        if critic:
-            torch.save(critic.state_dict(), out / "critic.pt")
-    print(f"\n{time.time() - start:.0f} s on {config.device}. Metrics, curves and config: {out}/")
+    start = time.time()
+    try:
+        run = prepare(parse_arguments())
+    except (ValueError, OSError) as error:
+        leave(error, 2)
+    out = run.config.out
+    try:
+        history, texts = learn(run, stop=lambda: signals)
+        if signals:
+            raise Stopped(f"stopped after iteration {history[-1]['iteration']}")
+        if run.config.save:
+            run.policy.save_pretrained(Path(out) / "model")
+            run.processor.save_pretrained(Path(out) / "model")
+            if run.critic:
+                torch.save(run.critic.state_dict(), Path(out) / "critic.pt")
+    except (Stopped, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            phases = "evaluate", "rollout", "score_all", "assign_credit", "update"
+            names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+            phase = next(name for name in phases if name in names)
+            size = run.config.micro_batch or "all at once"
+            error = f"out of memory in {phase}: halve --micro-batch (now {size}) or --max-tokens"
+        leave(f"{first_line(error)}. Go on from the last checkpoint: python train_small.py --resume {out}",
+              130 if signals else 1)
+    from results.curves import plot, report
+
+    try:
+        report(run.task.held_out, history, *texts)
+        plot(Path(out))
+    except OSError as error:  # a closed pipe, a full disk: the run itself is whole
+        leave(error, 1)
+    if run.task.skipped:
+        print(f"\n{len(run.task.skipped)} rows of the data set could not be read")
+    print(f"\n{time.time() - start:.0f} s on {run.config.device}. Metrics, curves, checkpoints: {out}/")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def show(folder: str) -> None:
     """One real response with one slip, its tokens coloured by the advantages that each method gives them, as
     in SAPO's Fig. 1. All methods see the same response, group and critic."""
     folder = Path(folder)
-    saved = json.loads((folder / "config.json").read_text())
+    saved = json.loads((folder / "run.json").read_text())["config"]
     saved |= dict(algo="sapo", model=str(folder / "model"), device=None)
     config = train_small.complete(train_small.Config(**saved))
     policy, processor, critic, _ = train_small.load(config)

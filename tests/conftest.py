@@ -1,7 +1,11 @@
 """What several test files need. They run from the repository root: `python -m pytest -q`."""
 
-import pytest
-import torch
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor asked for
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def torchvision_beside_another_torch():

@@ -171,7 +171,7 @@ SIZES = (48, 48), (60, 100), (130, 40), (33, 37), (64, 64), (20, 90)
 
 def small(folder, **changes):
     options = dict(iterations=2, responses=16, mini_batches=2, critic_warmup=0, operands=2, max_tokens=10,
-                   eval_problems=4, eval_every=2, lr=1e-3, device="cpu", out=str(folder / "run"))
+                   eval_problems=4, eval_every=2, lr=1e-3, device="cpu")
     return train_small.complete(train_small.Config(model=str(folder), **options | changes))
 
 
@@ -267,8 +267,9 @@ def test_micro_batches_and_pieces_of_logits_give_the_gradient_of_the_whole_batch
 
 
 @pytest.mark.parametrize("algo", ["sapo", "srpo", "grpo"])
-def test_trains(family, algo, coin):
-    *_, history, _ = train_small.train(small(family, algo=algo, micro_batch=5 * (algo == "srpo")))
+def test_trains(family, algo, coin, tmp_path):
+    config = small(family, algo=algo, micro_batch=5 * (algo == "srpo"), out=str(tmp_path / "run"))
+    *_, history, _ = train_small.train(config)
     assert len(history) == 3 and all(row["grad_norm"] > 0 for row in history[1:])
     assert history[1]["first_ratio_deviation"] < 1e-4 and abs(history[1]["kl_to_start"]) < 1e-5
     assert history[2]["kl_to_start"] != 0 and (algo != "sapo" or history[2]["value_loss"] > 0)
@@ -286,7 +287,7 @@ def test_trains_on_the_columns_of_geometry3k(family, held_out, tmp_path, monkeyp
             images=[[drawn[i].image.convert(modes[i % len(modes)])] for i in part],
             problem=["<image>" + drawn[i].question for i in part], answer=[drawn[i].answer for i in part]))
         table.to_parquet(tmp_path / "data" / f"{name}.parquet")
-    config = small(family, algo="grpo", dataset=str(tmp_path / "data"))
+    config = small(family, algo="grpo", dataset=str(tmp_path / "data"), out=str(tmp_path / "run"))
     task = train_small.dataset_task(config)
     stream, evaluated = task.stream, task.held_out
     assert {next(stream).question for _ in range(16)} == {p.question for p in drawn[:16]}

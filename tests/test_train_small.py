@@ -30,6 +30,7 @@ import sapo
 import srpo
 import toy_env
 import train_small
+from results import curves
 from tiny_vlm import make
 from train_small import INSTRUCTION, Config
 
@@ -155,13 +156,14 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     head_lr=(0.03, "torch.optim.AdamW", lambda calls: calls[1]["params"][1]["lr"] == 0.03),
     ratio=("token", LOSS, lambda calls: all(x["ends"].equal(x["mask"]) for x in calls)),
     whiten=(True, "sapo.whiten", len),
-    prior=(0.5, DRAW, lambda calls: all(x["prior"] == (x["split"] == "train") / 2 for x in calls)),
+    prior=(0.5, DRAW, lambda calls: [sum(x["prior"] == 0.5 and x["split"] == split for x in calls) > 30
+                                     for split in ("train", "eval")] == [True, False]),
     max_tokens=(7, GENERATE, lambda calls: {x["generation_config"].max_new_tokens for x in calls} == {7}),
     model=("copy", "transformers.AutoProcessor.from_pretrained", lambda calls: "copy" in calls[0].values()),
     eval_every=(2, "train_small.evaluate", lambda calls: len(calls) == 3),  # before, after 2 and after 3
     eval_problems=(5, DRAW, lambda calls: sum(x["split"] == "eval" for x in calls) == 5),
     device=("cpu:0", "torch.nn.Module.to", lambda calls: 2 == sum(x["args"] == ("cpu:0",) for x in calls)),
-    out=("here", "torch.save", lambda calls: calls[0]["f"] == Path("here/critic.pt")),
+    out=("here", "torch.save", lambda calls: Path("here/critic.pt") in [x["f"] for x in calls]),
     save=(True, LLAVA + ".save_pretrained", lambda calls: calls[0]["save_directory"] == Path("here/model")),
 ), dict(
     algo=("srpo", "srpo.role_weights", len),
@@ -180,10 +182,10 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
 @pytest.mark.parametrize("table", OPTIONS, ids=lambda table: table.get("algo", ["sapo"])[0])
 def test_every_option_reaches_the_function_it_is_for(table, mini, tmp_path, monkeypatch):
     defaults = {field.name: field.default for field in fields(Config)}
-    assert set().union(*OPTIONS) == set(defaults), "an option of Config has no row in the table"
+    assert set().union(*OPTIONS) | {"resume"} == set(defaults), "an option of Config has no row in the table"
     shutil.copytree(mini, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_small, "plot", lambda *_: None)
+    monkeypatch.setattr(curves, "plot", lambda *_: None)
     rows = datasets.DatasetDict(train=toy_env.make_dataset(16, operands=2))
     monkeypatch.setattr(datasets, "load_dataset", lambda path: rows)
     calls = defaultdict(list)
@@ -531,7 +533,7 @@ def test_metrics_of_an_iteration_match_loops(mini, monkeypatch):
     assert train_small.describe(roll, scored, credit, outcome) == pytest.approx(dict(
         entropy=over_tokens(scored.entropy), kl_to_start=over_tokens(scored.log_probs - scored.ref_log_probs),
         segments_per_response=float(credit.ends.sum() / 16), response_length=fmean(lengths), reward=0.5,
-        truncated=0.25, faithful=faithful, blame_auroc=fmean(x.statements for x in blames if x),
+        truncated=0.25, unreadable=fmean(toy_env.parse(text) is None for _, text in both), faithful=faithful, blame_auroc=fmean(x.statements for x in blames if x),
         explained_variance=explained[0], explained_variance_last=explained[1]), abs=1e-5)
 
     monkeypatch.setattr(train_small, "rollout", lambda *args, **mode: roll)
@@ -543,7 +545,7 @@ def test_metrics_of_an_iteration_match_loops(mini, monkeypatch):
     problem, wrong = next((p, t) for p, t in both if toy_env.first_error(p, t))
     error = toy_env.first_error(problem, wrong)
     shown = f"{wrong[: error.start]}»{wrong[error.start : error.end]}«{wrong[error.end :]}"
-    assert train_small.marked(problem, wrong) == shown
+    assert curves.marked(problem, wrong) == shown
 
 
 # -------------------------------------------------------------------------------------------------- the whole
@@ -551,7 +553,7 @@ def test_metrics_of_an_iteration_match_loops(mini, monkeypatch):
 def test_every_algorithm_runs(mini, tmp_path, coin, algo):
     config, asked = small(mini, algo=algo, out=str(tmp_path), mini_batches=1, critic_warmup=1), []
     hook = lambda i, policy, critic, roll, scored, credit: asked.extend(roll.problems) or dict(mine=i)
-    policy, _, _, history, (before, after) = train_small.train(config, hook)
+    policy, _, _, history, texts = train_small.train(config, hook)
     rows, critic = logged(tmp_path), algo in ("sapo", "ppo", "vc-ppo")
     numbers = [(r["iteration"], r["responses"], r.get("mine")) for r in rows]
     assert rows == history and numbers == [(0, 0, None), (1, 16, 1), (2, 32, 2)]
@@ -560,8 +562,9 @@ def test_every_algorithm_runs(mini, tmp_path, coin, algo):
     assert ["grad_norm" in row for row in rows] == [False, not critic, True] and rows[2]["grad_norm"] > 0
     group = 1 if critic else 8
     held_out = toy_env.make_problems(4, split="eval", **train_small.difficulty(config))
+    assert train_small.toy_task(config).held_out == held_out
     assert [p.question for p in asked] == [p.question for p in asked[::group] for _ in range(group)]
-    assert len({id(p) for p in asked}) == 32 // group and before.problems == after.problems == held_out
+    assert len({id(p) for p in asked}) == 32 // group and [*map(len, texts)] == [4, 4]
     said = [repr((tuple(map(tuple, p.cells)), p.question)).encode() for p in held_out + asked]
     assert [zlib.crc32(x) % 8 == 0 for x in said] == [True] * 4 + [False] * 32  # one in eight is held out
     assert not torch.equal(policy.lm_head.weight, train_small.load(config)[0].lm_head.weight)
@@ -573,7 +576,7 @@ def test_same_seed_same_metrics_and_evaluating_changes_nothing(mini, tmp_path, c
     monkeypatch.setattr(train_small, "update", lambda *args, **more: note(args[3]) or update(*args, **more))
     for i, changes in enumerate([dict(), dict(eval_every=3), dict(seed=1)]):
         changes |= dict(out=str(tmp_path / str(i)), iterations=4, critic_warmup=1, lr=3e-3, critic_lr=1e-3)
-        held_out.append(train_small.train(small(mini, **changes))[-1][0].texts)
+        held_out.append(train_small.train(small(mini, **changes))[-1][0])
         runs.append([{k: v for k, v in row.items() if k != "seconds"} for row in logged(tmp_path / str(i))])
     assert ["accuracy_paper" in row for row in runs[1]] == [True, False, False, True, True]
     assert [{k: v for k, v in row.items() if k in short} for row, short in zip(*runs[:2])] == runs[1]
@@ -592,15 +595,15 @@ def test_trains_on_a_data_set_and_saves(mini, tmp_path, monkeypatch, capsys, coi
     for name, table in (("data", clear), ("bad", rows.rename_column("answer", "solution"))):
         (tmp_path / name).mkdir()
         table.to_parquet(tmp_path / name / "train.parquet")
-    runs, train, out = [], train_small.train, tmp_path / "run"
-    monkeypatch.setattr(train_small, "train", lambda config: runs.append(train(config)) or runs[0])
+    runs, learn, out = [], train_small.learn, tmp_path / "run"
+    monkeypatch.setattr(train_small, "learn", lambda run, **more: runs.append(run) or learn(run, **more))
     options = dict(model=mini, dataset=tmp_path / "data", out=out, eval_problems=2, save=True)
     command(monkeypatch, **SMALL | options)
     assert [len(logged(out)), "faithful" in logged(out)[2]] == [3, False]
-    with Image.open(out / "curves.png") as curves:
-        assert curves.format == "PNG" and "accuracy_greedy" in capsys.readouterr().out
+    with Image.open(out / "curves.png") as picture:
+        assert picture.format == "PNG" and "accuracy_greedy" in capsys.readouterr().out
 
-    policy, processor, critic, *_ = runs[0]
+    _, _, policy, processor, critic, *_ = runs[0]
     model = transformers.AutoModelForImageTextToText.from_pretrained(out / "model").eval()
     both = processor, transformers.AutoProcessor.from_pretrained(out / "model")
     two = rows["image"][:2], rows["question"][:2]
@@ -616,7 +619,7 @@ def test_trains_on_a_data_set_and_saves(mini, tmp_path, monkeypatch, capsys, coi
     assert held_out == again and len(held_out) == 6 and not held_out & {*first} and first != second
     assert held_out | {*first} == {key(p) for p in toy_env.make_problems(24, operands=2)}
     with pytest.raises(ValueError, match="expected a column 'answer'"):
-        train(small(mini, dataset=str(tmp_path / "bad"), out=str(tmp_path / "none")))
+        train_small.train(small(mini, dataset=str(tmp_path / "bad"), out=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize("changes, message", [

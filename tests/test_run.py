@@ -1,0 +1,512 @@
+"""A run that is killed, interrupted, starved or fed with nonsense is neither lost nor believed."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import sapo
+import toy_env
+import train_small
+from results import curves
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(iterations=4, responses=8, mini_batches=2, critic_warmup=1, operands=2, max_tokens=12, lr=1e-3,
+             critic_lr=1e-3, head_lr=1e-2, eval_problems=4, eval_every=2, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    yield
+    for number in (signal.SIGINT, signal.SIGTERM):  # main's own are for a process of its own
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def small(model, out, **changes):
+    return train_small.Config(model=str(model), out=str(out), **SMALL | changes)
+
+
+def flags(**options):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def command(monkeypatch, *arguments):
+    """Run the command in this process. -> its exit status."""
+    monkeypatch.setattr(sys, "argv", ["train_small.py", *arguments])
+    try:
+        train_small.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def same_weights(one, other):
+    policies = [load_file(x / "model" / "model.safetensors") for x in (one, other)]
+    critics = [torch.load(x / "critic.pt", weights_only=True) for x in (one, other)]
+    return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+               for a, b in (policies, critics))
+
+
+# -------------------------------------------------------------------------------------- killed, and continued
+SERVER = """
+import os, sys, time, toy_env, train_small
+toy_env.reward = lambda problem, text: float(len(text) % 2)  # an untrained model gets some
+os.fsync = lambda number: time.sleep(0.15)  # a slow disk, so that a checkpoint is often half there
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.argv = ["train_small.py", *line.split()]
+        try:
+            train_small.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The command in processes of its own, which are forked when all is imported. -> start(...), finish()"""
+    folder = tmp_path_factory.mktemp("server")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), TQDM_DISABLE="1")
+    process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def start(*arguments):
+        print(*arguments, file=process.stdin, flush=True)
+        return int(process.stdout.readline())
+
+    def finish():
+        status = int(process.stdout.readline())
+        return os.waitstatus_to_exitcode(status), (folder / "log").read_text()
+
+    yield start, finish
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, mini, tmp_path_factory):
+    start, finish = server
+    out, began = tmp_path_factory.mktemp("whole") / "run", time.time()
+    start(*flags(model=mini, out=out, save=True, **SMALL | dict(iterations=8)))
+    assert finish()[0] == 0
+    rows = metrics(out)
+    assert [row["iteration"] for row in rows] == [*range(9)] and rows[-1]["kl_to_start"] != 0
+    return out, time.time() - began
+
+
+def test_killed_at_twenty_moments_it_ends_as_if_it_never_was(server, uninterrupted, mini, tmp_path):
+    (start, finish), (whole, seconds), rng, out = server, uninterrupted, random.Random(0), tmp_path / "run"
+    begin = flags(model=mini, out=out, save=True, **SMALL | dict(iterations=8))
+    kills, torn = 0, 0
+    while True:
+        begun = any(out.glob("checkpoint-*.pt"))
+        if not begun:
+            shutil.rmtree(out, ignore_errors=True)
+        pid = start(*([f"--resume={out}"] if begun else begin))
+        if kills < 20:
+            time.sleep(rng.uniform(0.0, min(1.0, seconds / 4)))
+            os.kill(pid, signal.SIGKILL)
+        code, log = finish()
+        if code != -signal.SIGKILL:
+            assert code == 0, log
+            if kills >= 20:
+                break
+            assert metrics(out) == metrics(whole) and same_weights(out, whole)  # it was faster: once more
+            shutil.rmtree(out)
+        kills += 1
+        torn += (out / "checkpoint.tmp").exists()
+    assert metrics(out) == metrics(whole) and same_weights(out, whole)
+    assert torn > 0  # some while a checkpoint was being written
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_iteration_and_saves(server, uninterrupted, mini, tmp_path, number):
+    (start, finish), (whole, _), out = server, uninterrupted, tmp_path / "run"
+    pid = start(*flags(model=mini, out=out, save=True, **SMALL | dict(iterations=8)))
+    while not out.exists() or not any(out.glob("checkpoint-*.pt")):
+        time.sleep(0.02)
+    os.kill(pid, number)
+    code, log = finish()
+    last = len(metrics(out)) - 1
+    assert code == 130 and "Traceback" not in log and last < 8
+    assert f"stopped after iteration {last}. Go on from the last checkpoint" in log
+    assert f"--resume {out}" in log
+    assert (out / f"checkpoint-{last:05}.pt").exists()
+    start(f"--resume={out}")
+    code, log = finish()
+    assert code == 0, log
+    assert metrics(out) == metrics(whole) and same_weights(out, whole)
+    made = json.loads((out / "run.json").read_text())
+    assert [part["iteration"] for part in made["parts"]] == [last, 8] and made["config"]["lam"] == 0.99
+    assert {"command", "commit", "torch", "transformers", "device", "seconds"} <= made["parts"][0].keys()
+
+
+def test_a_data_set_goes_on_where_it_was(mini, tmp_path, coin, capsys):
+    (tmp_path / "data").mkdir()
+    toy_env.make_dataset(21, operands=2).to_parquet(tmp_path / "data" / "train.parquet")
+    config = small(mini, tmp_path / "whole", dataset=str(tmp_path / "data"), responses=6)
+    train_small.train(config)
+    run = train_small.prepare(replace(config, out=str(tmp_path / "run")))
+    train_small.learn(run, stop=lambda: (tmp_path / "run" / "checkpoint-00002.pt").exists())
+    assert len(metrics(tmp_path / "run")) == 3
+    train_small.train(replace(config, resume=str(tmp_path / "run"), out=str(tmp_path / "run")))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------ checkpoints and folders
+class Code:
+    """Whoever unpickles it writes a file."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return Path.touch, (self.folder / "was run",)
+
+
+@pytest.fixture(scope="module")
+def finished(mini, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train_small.train(small(mini, out))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["torn", "empty", "foreign", "older", "code"])
+def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, capsys, kind):
+    out = shutil.copytree(finished, tmp_path / "run")
+    last = out / "checkpoint-00004.pt"
+    if kind == "torn":
+        last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    elif kind == "empty":
+        last.write_bytes(b"")
+    else:
+        torch.save(dict(foreign=[1, 2], older=dict(form=0), code=Code(tmp_path))[kind], last)
+    assert train_small.read_checkpoint(out)["iteration"] == 2
+    said = capsys.readouterr().err
+    assert str(last) in said and said.count("\n") == 1 and not (tmp_path / "was run").exists()
+    with pytest.raises(ValueError, match="resume is .*: expected a folder with a checkpoint"):
+        (out / "checkpoint-00002.pt").unlink()
+        train_small.read_checkpoint(out)
+
+
+def test_two_checkpoints_are_kept(finished):
+    names = [f"checkpoint-{i:05}.pt" for i in (2, 4)]
+    assert sorted(x.name for x in finished.glob("checkpoint*")) == names
+
+
+def test_nothing_is_written_where_something_is(finished, mini, tmp_path, monkeypatch, capsys):
+    for folder in (shutil.copytree(finished, tmp_path / "run"), shutil.copytree(mini, tmp_path / "model")):
+        before = {path: path.read_bytes() for path in folder.rglob("*")}
+        assert command(monkeypatch, *flags(model=folder, out=folder)) == 2
+        said = capsys.readouterr().err
+        assert "out is" in said and f"--resume {folder}" in said and said.count("\n") == 1
+        assert before == {path: path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_of_two_runs_that_begin_in_a_folder_one_does(mini, tmp_path, monkeypatch):
+    load = train_small.load
+
+    def meanwhile(config):
+        monkeypatch.setattr(train_small, "load", load)
+        train_small.prepare(config)
+        return load(config)
+
+    monkeypatch.setattr(train_small, "load", meanwhile)
+    with pytest.raises(FileExistsError, match="run.json"):
+        train_small.prepare(small(mini, tmp_path / "run"))
+
+
+def test_settings_of_a_run_that_goes_on(finished, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert command(monkeypatch, f"--resume={out}", "--lr=0.01") == 2
+    assert f"lr is 0.01: expected 0.001, as in {out}" in capsys.readouterr().err
+    assert command(monkeypatch, f"--resume={out}", "--iterations=5") == 0
+    assert [row["iteration"] for row in metrics(out)] == [*range(6)]
+    assert command(monkeypatch, f"--resume={tmp_path}") == 2 and "resume is" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(mini, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", out]  # for about three checkpoints
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs rights")
+    try:
+        code = command(monkeypatch, *flags(model=mini, out=out, **SMALL))
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert code == 1 and f"--resume {out}" in said, (code, said)
+        assert "could not be written" in said or "No space left" in said, said
+        assert train_small.read_checkpoint(out)["iteration"] < 4
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
+# ------------------------------------------------------------------------------------------------ bad numbers
+def spoil(module, name, change, times):
+    """A function whose result is changed at some of its calls."""
+    function, calls = getattr(module, name), []
+
+    def spoiled(*args, **kwargs):
+        calls.append(name)
+        result = function(*args, **kwargs)
+        return change(result) if len(calls) in times else result
+
+    return module, name, spoiled
+
+
+NAN = {
+    "loss": lambda times: spoil(sapo, "policy_loss", lambda x: (x[0] * math.nan, x[1]), times),
+    "value_loss": lambda times: spoil(sapo, "value_loss", lambda x: x * math.inf, times),
+    "log_probs": lambda times: spoil(train_small, "score", lambda x: (x[0] * math.nan, x[1]), times),
+    "values": lambda times: spoil(train_small, "value", lambda x: x * math.nan, times),
+    "reward": None,  # the task's
+    "grad_norm": lambda times: spoil(torch.nn.utils, "clip_grad_norm_", lambda x: x * math.nan, times),
+}
+
+
+@pytest.mark.parametrize("name", NAN)
+def test_no_step_is_taken_with_what_is_not_finite(mini, tmp_path, monkeypatch, name):
+    changes = dict(critic_warmup=0, mini_batches=1, eval_every=9, kl_coef=0.0)
+    weights, config = {}, small(mini, tmp_path / "run", **changes)
+    keep = lambda i, policy, critic, *_: weights.update(
+        {i: [p.detach().clone() for m in (policy, critic) for p in m.parameters()]})
+    iterate = train_small.iterate
+
+    def second(run, i, learn_policy):  # the second iteration alone is spoiled
+        with pytest.MonkeyPatch.context() as patch:
+            if i == 2 and name == "reward":
+                run = run._replace(task=run.task._replace(reward=lambda *_: math.nan))
+            elif i == 2:
+                patch.setattr(*NAN[name](range(1, 99)))
+            result = iterate(run, i, learn_policy)
+        keep(i, run.policy, run.critic)
+        return result
+
+    monkeypatch.setattr(train_small, "iterate", second)
+    monkeypatch.setattr(toy_env, "reward", lambda problem, text: float(len(text) % 2))
+    *_, history, _ = train_small.train(config)
+    assert [row.get("not_finite") for row in history[1:]] == [None, name, None, None]
+    assert all(torch.equal(a, b) for a, b in zip(weights[1], weights[2]))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[2], weights[3]))
+    kept = torch.load(tmp_path / "run" / "not-finite-2.pt", weights_only=True)
+    assert kept["quantity"] == name and len(kept["texts"]) == 8
+    assert kept["ids"].shape == kept["log_probs"].shape
+
+
+def test_three_times_in_a_row_end_the_run(mini, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(*NAN["value_loss"](range(1, 99)))
+    assert command(monkeypatch, *flags(model=mini, out=tmp_path / "run", **SMALL)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "value_loss was not finite three times in a row" in said and "--critic-lr" in said
+    assert len(metrics(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize("phase", ["rollout", "score_all", "assign_credit", "update", "evaluate"])
+def test_out_of_memory_names_the_phase_and_the_flag(mini, tmp_path, monkeypatch, capsys, phase):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    inner = dict(rollout="encode", score_all="value", assign_credit="segment_ends", update="policy_objective",
+                 evaluate="rollout")
+    function = getattr(train_small, inner[phase])
+    ready = []  # the first evaluation passes, but where it is the one that fails
+    monkeypatch.setattr(train_small, "save_checkpoint", lambda *_, **__: ready.append(1))
+    monkeypatch.setattr(train_small, inner[phase], lambda *args, **kwargs: (
+        full() if ready or phase == "evaluate" else function(*args, **kwargs)))
+    assert command(monkeypatch, *flags(model=mini, out=tmp_path / "run", **SMALL)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"out of memory in {phase}: halve --micro-batch" in said and "--resume" in said
+
+
+# --------------------------------------------------------------------------------------------- bad settings
+BAD = [
+    *([f"--{name}={value}"] for name, values in {
+        "iterations": "0 -1 x", "responses": "0 3", "mini-batches": "0", "epochs": "0", "eval-every": "0",
+        "eval-problems": "0", "micro-batch": "-1", "critic-warmup": "-1 30", "seed": "-1",
+        "lr": "0 -1 nan 1000", "critic-lr": "-1 nan", "head-lr": "1000 inf", "temperature": "0 nan -1",
+        "gamma": "2 nan", "lam": "7 -0.1", "lam-returns": "7", "kl-coef": "-1 nan", "clip-low": "2 nan",
+        "clip-high": "-1", "top-percent": "0 200 nan", "max-tokens": "0 1", "operands": "1 9",
+        "distractors": "-1 9", "prior": "2 nan", "operators": "/", "algo": "nonsense", "segments": "word",
+        "device": "cuda:99 nonsense", "corruption": "fog", "out": "README.md", "resume": "nowhere",
+        "model": "./nowhere README.md", "dataset": "./nowhere", "nonsense": "1",
+    }.items() for value in values.split()),
+    ["--algo=gspo", "--kl-coef=5"], ["--algo=grpo", "--lam=7"], ["--algo=grpo", "--responses=20"],
+    ["--operands=6", "--operators=×", "--prior=0.03"],
+]
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+def test_a_bad_setting_is_one_line_before_any_work(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("no folder")
+    assert command(monkeypatch, *arguments) == 2
+    said, name = capsys.readouterr(), arguments[-1].split("=")[0][2:]
+    named = {"nonsense": "nonsense", "prior": "operators"}.get(name, name) if len(arguments) == 3 else name
+    assert said.err.count("\n") == 1 and "Traceback" not in said.err and not said.out
+    assert re.search(named.replace("-", "[-_]"), said.err) or isinstance(arguments, str), said.err
+    assert {x.name for x in tmp_path.iterdir()} <= {"README.md", "cache"}
+
+
+@pytest.mark.parametrize("what", [
+    "truncated", "without weights", "another shape", "a text model", "no processor"])
+def test_a_bad_model_is_one_line(mini, tmp_path, monkeypatch, capfd, what):
+    folder = shutil.copytree(mini, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif what == "no processor":
+        for path in folder.glob("*processor*"):
+            path.unlink()
+        (folder / "tokenizer.json").unlink()
+    elif what == "a text model":
+        shutil.rmtree(folder)
+        config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=99)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    else:
+        table = load_file(weights)
+        name = "lm_head.weight" if "lm_head.weight" in table else min(table)
+        table[name] = table[name][:-1]
+        save_file({k: v for k, v in table.items() if what == "another shape" or k != name}, weights,
+                  metadata=dict(format="pt"))
+    assert command(monkeypatch, *flags(model=folder, out=tmp_path / "run", **SMALL)) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert f"model is '{folder}': expected" in last and not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------- data sets
+def save_rows(folder, rows, **changes):
+    table = rows.to_dict()
+    table["image"] = rows["image"][:]
+    for name, at in changes.items():
+        table[name] = [at.get(i, x) for i, x in enumerate(table[name])]
+    folder.mkdir()
+    datasets.Dataset.from_dict(table).to_parquet(folder / "train.parquet")
+
+
+@pytest.mark.parametrize("what, said", [
+    ("empty", "with 0 rows: expected at least 8"), ("too small", "with 11 rows: expected at least 8"),
+    ("no answers", "expected a column 'answer'"), ("an answer of None", "an answer that is None")])
+def test_a_bad_data_set_is_one_line(mini, tmp_path, monkeypatch, capsys, what, said):
+    rows = toy_env.make_dataset(30, operands=2)
+    rows = {"empty": rows.select([]), "too small": rows.select(range(11)),
+            "no answers": rows.remove_columns("answer")}.get(what, rows)
+    if what == "an answer of None":
+        rows = rows.map(lambda row, i: dict(answer=None if i == 7 else row["answer"]), with_indices=True)
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    capsys.readouterr()
+    options = dict(SMALL, model=mini, dataset=tmp_path / "data", out=tmp_path / "run")
+    assert command(monkeypatch, *flags(**options)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert (said in last or what == "empty") and "dataset is" in last and not (tmp_path / "run").exists()
+
+
+def test_broken_rows_are_named_skipped_and_counted(mini, tmp_path, monkeypatch, capsys, coin):
+    rows = toy_env.make_dataset(24, operands=2).cast_column("image", datasets.Image(decode=False))
+    deep = BytesIO()
+    toy_env.make_problem(0).image.convert("I;16").save(deep, "PNG")
+    table = rows.to_dict()
+    table["image"][3]["bytes"] = table["image"][3]["bytes"][:60]
+    table["image"][5]["bytes"] = b"no image"
+    table["image"][8]["bytes"] = deep.getvalue()
+    table["question"][13] = None
+    broken = datasets.Dataset.from_dict(table, features=rows.features)
+    splits = {"train": broken, "test": rows.select(range(18, 24))}
+    (tmp_path / "data").mkdir()
+    for name, split in splits.items():
+        split.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data" / f"{name}.parquet")
+    options = dict(SMALL, iterations=7, model=mini, dataset=tmp_path / "data", out=tmp_path / "run")
+    assert command(monkeypatch, *flags(**options)) == 0
+    said = capsys.readouterr()
+    named = re.findall(r"row (\d+) of the data set is skipped: \S+", said.err)
+    assert sorted(map(int, named)) == [3, 5, 8, 13]  # once, though there are two passes
+    assert "4 rows of the data set could not be read" in said.out and len(metrics(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("7\n", "7"), (7.0, "7"), (7, "7"), (0.1, "0.1"), (" a b ", "a b")])
+def test_answers_are_texts(answer, expected):
+    from examples.own_data import from_row
+
+    row = dict(image=toy_env.make_problem(0).image, question="?", answer=answer)
+    assert from_row(row).answer == expected
+    for bad in (None, ["7"], {"a": 1}, True, b"7"):
+        with pytest.raises(ValueError, match="question, answer is"):
+            from_row(row | dict(answer=bad))
+
+
+# ----------------------------------------------------------------------------------------- what a person sees
+HEALTHY = dict(reward=0.5, truncated=0.1, unreadable=0.2, first_ratio_deviation=0.0, entropy=0.5,
+               explained_variance=0.2)
+
+
+@pytest.mark.parametrize("word, change", [
+    (None, {}), ("cut off", dict(truncated=1.0)), ("format", dict(unreadable=0.6)),
+    ("equal", dict(reward=0.0)), ("equal", dict(reward=1.0)), ("ratio", dict(first_ratio_deviation=0.01)),
+    ("critic", dict(explained_variance=-0.1)), ("entropy", dict(entropy=0.004))])
+def test_what_cannot_learn_says_so(word, change):
+    history = [dict(iteration=0, accuracy_greedy=0.1), *(dict(HEALTHY, iteration=i) for i in range(1, 5))]
+    for i in range(5, 12):
+        history.append(dict(HEALTHY, iteration=i) | change)
+        said = [*train_small.complaints(history, warmup=3)]
+    assert [word in sentence for sentence in said] == [True] * (word is not None)
+    assert not [*train_small.complaints([dict(iteration=0), dict(iteration=1, not_finite="loss")], 0)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_committed_runs_have_nothing_to_complain_of(seed):
+    history = [json.loads(line) for line in open(ROOT / "results" / f"sapo-{seed}.jsonl")]
+    assert not [x for i in range(len(history)) for x in train_small.complaints(history[: i + 1], warmup=5)]
+
+
+@pytest.mark.parametrize("trouble", ["ascii", "closed"])
+def test_the_model_is_saved_before_anything_is_shown(mini, tmp_path, monkeypatch, trouble):
+    class Closed(BytesIO):
+        def write(self, _):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    out = tmp_path / "run"
+    shown = TextIOWrapper(BytesIO() if trouble == "ascii" else Closed(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", shown)
+    code = command(monkeypatch, *flags(model=mini, out=out, save=True, **SMALL))
+    assert code == (trouble == "closed")
+    assert (out / "model" / "model.safetensors").exists() and (out / "critic.pt").exists()
+    assert (out / "curves.png").exists() == (trouble == "ascii")
+
+
+def test_curves_are_drawn_again(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    curves.plot(out)
+    assert (out / "curves.png").stat().st_size > 10_000
