@@ -1,4 +1,4 @@
-"""What a person sees of a run: its curves and responses. `python -m results.curves RUN` draws the first again.
+"""What a person sees of a run: curves and responses. `python -m results.curves RUN` draws the curves again.
 """
 
 import json

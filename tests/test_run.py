@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sapo
+import srpo
 import toy_env
 import train_small
 from results import curves
@@ -465,6 +466,56 @@ def test_answers_are_texts(answer, expected):
     for bad in (None, ["7"], {"a": 1}, True, b"7"):
         with pytest.raises(ValueError, match="question, answer is"):
             from_row(row | dict(answer=bad))
+
+
+# ------------------------------------------------------------------------------------------ hostile responses
+def second_parser(response):
+    """The blocks' texts, or None. No regular expression: what is before, inside and behind each tag."""
+    blocks, rest = [], response
+    for name in ("perception", "think", "answer"):
+        if response.count(f"<{name}>") != 1 or response.count(f"</{name}>") != 1:
+            return None
+        before, tag, rest = rest.partition(f"<{name}>")
+        inside, end, rest = rest.partition(f"</{name}>")
+        if before.strip() or not tag or not end:
+            return None
+        blocks.append(inside)
+    return None if rest.strip() else blocks
+
+
+def test_a_hundred_thousand_hostile_responses():
+    rng, right, parsed = random.Random(0), 0, 0
+    junk = [*toy_env.TAGS, "<answer", "answer>", "< answer >", "<ANSWER>", "</think><think>",
+            *"٣３²−×=,+\n\0\ud800\u2028\u200b", "-0", "9" * 400, "red 4", "<think><answer>"]
+    problems = toy_env.make_problems(200, operands=2)
+    texts = [re.split("([<>\n])", toy_env.demonstration(p, rng, 0.1, 0.1, 0.1)) for p in problems]
+    for i in range(100_000):
+        problem, parts = problems[i % 200], list(texts[i % 200])
+        for _ in range(rng.choice((0, 1, 1, 2, 9))):
+            j, k = sorted(rng.choices(range(len(parts) + 1), k=2))
+            parts[j:k] = rng.choice([[], [rng.choice(junk)], [rng.choice(junk), *parts[j:k]], parts[j:k] * 2,
+                                     [*parts[k:], *parts[j:k]], list(problem.answer)])
+        parts = (parts if i % 50 else rng.choices(junk, k=30)) or [""]
+        response = "".join(parts)
+        blocks = second_parser(response)
+        is_right = blocks is not None and blocks[2].strip() == problem.answer
+        assert toy_env.reward(problem, response) == is_right
+        right, parsed = right + is_right, parsed + (blocks is not None)
+        if i % 10 == 0:
+            roles = srpo.split_roles([parts], torch.ones(1, len(parts)))
+            for role, block in zip(roles, blocks or ["", ""]):
+                inside = "".join(part for part, on in zip(parts, role[0]) if on)
+                assert inside in block and len(inside) >= len(block) - 2 * max(map(len, parts))
+    assert 10_000 < right < parsed < 90_000
+
+
+@pytest.mark.parametrize("unit", ["a", "<", "<answer>", "\n", "٣", "\\boxed{"])
+def test_a_megabyte_is_read_in_no_time(unit):
+    line, start = unit * (2**20 // len(unit)), time.process_time()
+    for response in (line, f"<perception>{line}</perception> <think> </think> <answer>{line}</answer>"):
+        assert toy_env.reward(toy_env.make_problem(0), response) == 0
+        srpo.split_roles([[response]], torch.ones(1, 1))
+    assert time.process_time() - start < 2
 
 
 # ----------------------------------------------------------------------------------------- what a person sees
