@@ -172,10 +172,21 @@ def best_device() -> str:
 # --------------------------------------------------------------------------------------------- model and data
 def load(config: Config) -> tuple:
     """Policy, processor, and, for the methods that need them, critic and frozen reference (else None)."""
+    policy, processor = load_policy(config)
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef > 0 else None
+    critic = None
+    if config.critic:  # its own copy of the pretrained backbone, and a value head that starts at 0
+        hidden_size = policy.config.get_text_config().hidden_size
+        critic = sapo.SegmentCritic(copy.deepcopy(policy.model), hidden_size).to(config.device)
+    return policy, processor, critic, reference
+
+
+def load_policy(config: Config, dtype: torch.dtype = torch.float32) -> tuple:
+    """Policy and processor."""
     try:
         processor = transformers.AutoProcessor.from_pretrained(config.model)
         policy, found = transformers.AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=torch.float32, output_loading_info=True)
+            config.model, dtype=dtype, output_loading_info=True)
         processor.tokenizer.padding_side = "left"
     except Exception as error:  # a library's: of any kind
         raise ValueError(f"model is {config.model!r}: expected an image-text-to-text model, a folder or "
@@ -192,12 +203,7 @@ def load(config: Config) -> tuple:
     # Nothing else of its settings: a cut-off in sampling that scoring lacks would bias the ratio.
     ids = dict(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     policy.generation_config = transformers.GenerationConfig(**ids)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef > 0 else None
-    critic = None
-    if config.critic:  # its own copy of the pretrained backbone, and a value head that starts at 0
-        hidden_size = policy.config.get_text_config().hidden_size
-        critic = sapo.SegmentCritic(copy.deepcopy(policy.model), hidden_size).to(config.device)
-    return policy, processor, critic, reference
+    return policy, processor
 
 
 def banned_ids(policy) -> list[int]:
@@ -239,7 +245,8 @@ def dataset_task(config: Config, instruction: str = INSTRUCTION,
 
 
 def encode(processor, instruction: str, images: list, questions: list[str], device: str) -> dict[str, Tensor]:
-    """The model's inputs for prompts of an image and a question, padded on the left."""
+    """The model's inputs for prompts of an image and a question, padded on the left. Images stay in main
+    memory until `take` moves some: in tiles, those of 128 prompts are gigabytes."""
     system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
     users = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]} for q in questions]
     if processor.chat_template is None:
@@ -250,7 +257,8 @@ def encode(processor, instruction: str, images: list, questions: list[str], devi
     bos = processor.tokenizer.bos_token  # some templates write it, so the tokenizer must not
     inputs = processor(text=texts, images=images, padding=True, return_tensors="pt",
                        add_special_tokens=not (bos and texts[0].startswith(bos)))
-    return {k: x.to(device) for k, x in inputs.items() if k != "labels"}  # PaliGemma's, of the prompt
+    inputs = {k: x for k, x in inputs.items() if k != "labels"}  # PaliGemma's, of the prompt
+    return {k: x.to(device) if x.shape == inputs["input_ids"].shape else x for k, x in inputs.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
@@ -328,17 +336,17 @@ def full_inputs(inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> dict[st
 
 
 def take(inputs: dict[str, Tensor], rows: Tensor, image_ids: list[int] = ()) -> dict[str, Tensor]:
-    """The inputs of some rows. Where all images are packed (Qwen-VL's patches, InternVL's tiles), a prompt's
-    are as many as its share of the image tokens, whose ids are `image_ids`."""
+    """The inputs of some rows, on the tokens' device. Where all images are packed (Qwen-VL's patches,
+    InternVL's tiles), a prompt's are as many as its share of the image tokens, whose ids are `image_ids`."""
     taken, B, ids = {}, len(inputs["input_ids"]), inputs["input_ids"]
     tokens = torch.isin(ids, ids.new_tensor(image_ids)).sum(1)  # (B,)
     for name, x in inputs.items():
         sizes = tokens * len(x) // tokens.sum().clamp(min=1)
         if len(x) == B:
-            taken[name] = x[rows]
+            taken[name] = x[rows.to(x.device)].to(ids.device)
         elif sizes.sum() == len(x):
             packed = x.split(sizes.tolist())
-            taken[name] = torch.cat([packed[i] for i in rows.tolist()])
+            taken[name] = torch.cat([packed[i] for i in rows.tolist()]).to(ids.device)
         else:
             raise ValueError(f"{name} is {len(x)} rows for {B} prompts: expected one each, or as many for "
                              f"each of the {int(tokens.sum())} image tokens")
@@ -596,9 +604,9 @@ class Stopped(RuntimeError):
     """Why a run ends before its time."""
 
 
-def prepare(config: Config, task: Task | None = None, models: tuple | None = None) -> Run:
-    """Models, problems, and the run's folder with run.json, which says what made it. `task` and `models` (as
-    from `load`) are one's own, if they are not what config says. ValueError, OSError: it cannot begin."""
+def prepare(config: Config, make_task: Callable | None = None, load_models: Callable | None = None) -> Run:
+    """Models, problems, and the run's folder with run.json, which says what made it. `make_task` and
+    `load_models`, of config, are one's own if they are given. ValueError, OSError: the run cannot begin."""
     config = complete(config)
     out, file = Path(config.out), Path(config.out) / "run.json"
     if not config.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -606,8 +614,8 @@ def prepare(config: Config, task: Task | None = None, models: tuple | None = Non
                          f"--resume {config.out} to go on with the run in it")
     state = read_checkpoint(out) if config.resume else None
     torch.manual_seed(config.seed)
-    models = models or load(config)
-    task = task or (dataset_task if config.dataset else toy_task)(config)
+    task = (make_task or (dataset_task if config.dataset else toy_task))(config)
+    models = (load_models or load)(config)
     run = Run(config, task, *models, make_optimizers(config, models[0], models[2]), state)
     out.mkdir(parents=True, exist_ok=True)
     git = "git describe --always --dirty"  # nothing where there is none
@@ -675,10 +683,9 @@ def restore(run: Run) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ train
-def train(config: Config, on_iteration: Callable | None = None, task: Task | None = None,
-          models: tuple | None = None) -> tuple:
+def train(config: Config, on_iteration: Callable | None = None) -> tuple:
     """`prepare` and `learn`. -> policy, processor, critic, and what `learn` returns."""
-    run = prepare(config, task, models)
+    run = prepare(config)
     return run.policy, run.processor, run.critic, *learn(run, on_iteration)
 
 
@@ -824,9 +831,10 @@ def parse_arguments(arguments: list[str] | None = None, kind: type = Config) -> 
     return replace(config, out=config.resume)
 
 
-def main() -> None:
+def main(name: str = "train_small.py", kind: type = Config, begin: Callable = prepare) -> None:
+    """The command. `begin` makes a Run of a config of this kind."""
     def leave(error, status):
-        print(f"train_small.py: {first_line(error)}", file=sys.stderr)
+        print(f"{name}: {first_line(error)}", file=sys.stderr)
         sys.exit(status)
 
     def note(number, _):
@@ -840,7 +848,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     start = time.time()
     try:
-        run = prepare(parse_arguments())
+        run = begin(parse_arguments(kind=kind))
     except (ValueError, OSError) as error:
         leave(error, 2)
     out = run.config.out
@@ -860,7 +868,7 @@ def main() -> None:
             phase = next(name for name in phases if name in names)
             size = run.config.micro_batch or "all at once"
             error = f"out of memory in {phase}: halve --micro-batch (now {size}) or --max-tokens"
-        leave(f"{first_line(error)}. Go on from the last checkpoint: python train_small.py --resume {out}",
+        leave(f"{first_line(error)}. Go on from the last checkpoint: python {name} --resume {out}",
               130 if signals else 1)
     from results.curves import plot, report
 

@@ -55,17 +55,18 @@ def bench(config: train_small.Config, repeats: int = 5) -> dict[str, float]:
         roll = timed("sampling", train_small.rollout, policy, processor, task, problems,
                      config.max_tokens)
         outcome = timed("outcome", roll.outcome)
+        inputs = train_small.take(roll.inputs, torch.arange(len(roll.ids)))
         timed("scoring", train_small.score_all, config, policy, reference, None, roll)
         if critic:
             with torch.no_grad():
-                timed("critic", train_small.value, critic, roll.inputs, roll.ids, roll.mask)
+                timed("critic", train_small.value, critic, inputs, roll.ids, roll.mask)
         scored = train_small.score_all(config, policy, reference, critic, roll)
         credit = timed("algorithm", algorithm, roll, scored, outcome)
         timed("update", train_small.update, config, policy, critic, optimizers, roll, scored, credit)
         T, banned = roll.ids.shape[1], train_small.banned_ids(policy) or None
         settings = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T, suppress_tokens=banned)
-        timed("bare generate", policy.generate, **roll.inputs, **settings)
-        whole = train_small.full_inputs(roll.inputs, roll.ids, roll.mask)
+        timed("bare generate", policy.generate, **inputs, **settings)
+        whole = train_small.full_inputs(inputs, roll.ids, roll.mask)
         whole |= dict(logits_to_keep=T + 1, use_cache=False)
         with torch.no_grad():
             timed("bare forward", policy, **whole)

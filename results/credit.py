@@ -150,8 +150,9 @@ def measure(options: dict) -> dict:
         with torch.random.fork_rng():  # measuring changes nothing in training
             torch.manual_seed(1000 * seed + i)
             for other, its_critic, optimizers in others.values():
+                inputs = train_small.take(roll.inputs, torch.arange(len(roll.ids)))
                 with torch.no_grad():
-                    values = train_small.value(its_critic, roll.inputs, roll.ids, roll.mask)
+                    values = train_small.value(its_critic, inputs, roll.ids, roll.mask)
                 its = scored._replace(values=values)
                 aims = train_small.assign_credit(other, policy, processor, roll, its, roll.outcome())
                 train_small.update(other, policy, its_critic, optimizers, roll, its, aims, learn_policy=False)
