@@ -1,0 +1,375 @@
+"""results/page.py and its page: the numbers, the knobs and the looks of it, in Chromium."""
+
+import base64
+import json
+import os
+import random
+import select
+import shutil
+import subprocess
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sapo
+import srpo
+import toy_env
+import train_small
+from results import credit, page, study
+
+PAGE = study.HERE / "credit.html"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+KNOBS = {"ends": ["entropy", "newline", "step", "probability", "token", "once"], "k": range(1, 101),
+         "lam": [i / 100 for i in range(101)], "gamma": [i / 100 for i in range(101)],
+         "value_at": ["start", "last"], "contrast": ["on_perception", "-on_image"],
+         "clip": [i / 20 for i in range(1, 20)], "temperature": [i / 20 for i in range(5, 81)]}
+
+
+def data_of(path):
+    text = path.read_text(encoding="utf-8").split('type="application/json">')[1]
+    return json.loads(text.split("</script>")[0])
+
+
+# ---------------------------------------------------------------------------------------------------- page.py
+def test_the_committed_page_is_what_the_template_gives_and_asks_for_nothing_else():
+    text, data = PAGE.read_text(encoding="utf-8"), data_of(PAGE)
+    assert page.render(data) == text and len(text.encode()) < 1e6
+    assert {part.split('"')[0] for part in text.split("http")[1:]} == {  # links, and a meta element
+        "s://arxiv.org/abs/2605.01327", "s://arxiv.org/abs/2605.07274", "-equiv="}
+    kinds = [kind for kind in page.KINDS for _ in range(page.EACH)] + [page.SAME] * 3
+    assert [r["kind"] for r in data["responses"]] == kinds
+    assert [r["stage"] for r in data["responses"][-3:]] == [0, 10, data["iterations"]]
+
+
+PROBLEM = toy_env.make_problem(3, operands=3, distractors=0, operators="+")  # pink 7 + cyan 7 + orange 1
+TEXTS = {name: f"<perception> pink {reading}, orange 1, cyan 7 </perception> <think> {think} </think> "
+               f"<answer> {answer} </answer>" for name, reading, think, answer in (
+    ("right", 7, "pink 7 + cyan 7 = 14\n14 + orange 1 = 15", 15),
+    ("right by luck", 1, "pink 7 + cyan 7 = 14\n14 + orange 1 = 15", 15),
+    ("one slip, early", 7, "pink 7 + cyan 7 = 13\n13 + orange 1 = 14", 14),
+    ("one slip, late", 7, "pink 7 + cyan 7 = 14\n14 + orange 1 = 16", 16),
+    ("a misread cell", 1, "pink 1 + cyan 7 = 8\n8 + orange 1 = 9", 9),
+    ("two slips", 7, "pink 7 + cyan 7 = 13\n13 + orange 1 = 16", 16),
+    ("a missing line", 7, "pink 7 + cyan 7 = 14", 14))}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_response_is_of_the_kind_that_it_is_called(name):
+    found = page.kind_of(PROBLEM, TEXTS[name], toy_env.reward(PROBLEM, TEXTS[name]))
+    assert found == (name if name in page.KINDS else None)
+
+
+def test_chosen_are_other_problems_from_groups_with_both_outcomes_and_one_that_training_taught(monkeypatch):
+    monkeypatch.setattr(credit, "GROUP", 2)
+    first = dict(zip("RUELM", TEXTS))  # right, luck, early, late, misread
+
+    def rolls(groups):
+        texts = [TEXTS[first[x]] for x in groups.replace(" ", "")]
+        outcome = torch.tensor([toy_env.reward(PROBLEM, text) for text in texts])
+        return SimpleNamespace(problems=[PROBLEM] * len(texts), texts=texts, outcome=lambda: outcome)
+
+    stages = {0: "LR RR RR RR RR EM", 10: "RE ER ER UU MR RR", 20: "RR RR RR RR RR RE"}
+    found = page.choose({stage: rolls(groups) for stage, groups in stages.items()})
+    assert found == [("right", 10, 3), ("right", 10, 5), ("one slip, early", 20, 11),
+                     ("a misread cell", 10, 8), *((page.SAME, stage, 0) for stage in (0, 10, 20))]
+
+
+def test_a_run_becomes_data_that_the_page_can_use(tmp_path, monkeypatch):
+    config = train_small.complete(train_small.Config(
+        operands=2, iterations=20, corruption="blank", device="cpu", out=str(tmp_path), save=True))
+    policy, processor, critic, _ = train_small.load(config)
+    critic.head.weight.data.normal_()
+    (tmp_path / "run.json").write_text(json.dumps(dict(config=asdict(config) | dict(model="/not/here"))))
+    policy.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    torch.save(critic.state_dict(), tmp_path / "critic.pt")
+    for parameter in policy.parameters():  # the checkpoints' are others
+        parameter.data.mul_(1.02)
+    for i in (20, 10):
+        torch.save(dict(policy=policy.state_dict(), critic=None), tmp_path / f"checkpoint-{i:05}.pt")
+    monkeypatch.setattr(credit, "PROMPTS", 2)
+    rolls = {}
+    monkeypatch.setattr(page, "choose", lambda found: rolls.update(found) or [("any", i, 9) for i in found])
+    data = page.gather(tmp_path)
+    assert [*rolls] == [r["stage"] for r in data["responses"]] == [0, 10, 20]
+    roll, r = rolls[10], data["responses"][1]
+    T = len(r["ids"])
+    assert r["ids"] == roll.ids[9, :T].tolist() and "".join(r["pieces"]) == roll.texts[9]
+    assert r["group"] == roll.outcome()[8:16].tolist() and r["seat"] == 1
+    scored = train_small.score_all(config, policy, None, critic, roll)
+    for name, x in dict(values=scored.values, entropy=scored.entropy, old_log_probs=scored.log_probs).items():
+        torch.testing.assert_close(torch.tensor(r[name]), x[9, :T], rtol=1e-5, atol=1e-5)
+    assert [each["log_probs"] == each["old_log_probs"] for each in data["responses"]] == [True, False, True]
+    # The contrasts are train_small's: a blank image is the same for all seeds.
+    for config.contrast, other in (("blank", "on_perception"), ("blind", "-on_image")):
+        weights = train_small.weigh_roles(config, policy, processor, roll, scored, roll.outcome())
+        code = f"weights = role_weights(torch.where(perception, on_image, {other}), perception, reasoning)"
+        found = run(code, r)["weights"].float()
+        torch.testing.assert_close(found[0], weights[9, :T], rtol=1e-4, atol=1e-4)
+    (tmp_path / "critic.pt").unlink()
+    with pytest.raises(SystemExit, match="expected one on the toy world, with a critic"):
+        page.gather(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------- in a browser
+class Browser:
+    """Chromium, spoken to in the DevTools protocol: JSON through two pipes, with a 0 behind each message."""
+
+    def __init__(self, folder):
+        theirs, self.to, self.of, back = *os.pipe(), *os.pipe()
+        flags = ("--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars "
+                 "--remote-debugging-pipe")
+        self.process = subprocess.Popen(
+            ["bash", "-c", f"exec {CHROMIUM} {flags} --user-data-dir={folder} 3<&{theirs} 4>&{back}"],
+            pass_fds=(theirs, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(theirs), os.close(back)
+        self.buffer, self.errors, self.tab, self.sent = b"", [], {}, 0
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        attached = self("Target.attachToTarget", targetId=target, flatten=True)
+        self.tab = dict(sessionId=attached["sessionId"])
+        for domain in ("Page", "Runtime", "Log"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method, **params):
+        self.sent += 1
+        message = dict(id=self.sent, method=method, params=params) | self.tab
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.buffer:
+                assert select.select([self.of], [], [], 30)[0], f"no answer to {method}"
+                chunk = os.read(self.of, 1 << 20)
+                assert chunk, f"the browser ended at {method}"
+                self.buffer += chunk
+            text, self.buffer = self.buffer.split(b"\0", 1)
+            answer = json.loads(text)
+            if answer.get("id") == self.sent:
+                assert "error" not in answer, answer
+                return answer["result"]
+            if answer["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+                self.errors.append(answer["params"])
+
+    def js(self, expression):
+        answer = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def open(self, path, width=1280, dark=False):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+        scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
+        self("Emulation.setEmulatedMedia", features=[scheme])
+        self("Page.navigate", url=path.as_uri())
+        self.js("new Promise(done => document.readyState === 'complete' ? done() : onload = done)")
+
+    def press(self, key):
+        code = dict(Tab=9, End=35, Home=36, ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40)[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("chromium is not installed")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.process.terminate()
+    browser.process.wait()
+
+
+@pytest.fixture
+def browser(chromium):
+    yield chromium
+    errors = chromium.errors.copy()
+    chromium.errors.clear()
+    assert not errors
+
+
+def run(code, r):
+    """The page's lines of Python on a response's figures: all (G, T), its group being as many copies."""
+    (T, G), names = (len(r["ids"]), len(r["group"])), ("entropy", "values", "old_log_probs", "log_probs",
+                                                       "on_image", "on_perception", "perception", "reasoning")
+    given = {name: torch.tensor(r[name], dtype=torch.float64).expand(G, T) for name in names}
+    given |= {name: given[name].bool() for name in ("perception", "reasoning")} | vars(sapo) | vars(srpo)
+    given |= dict(mask=torch.ones(G, T), token_ids=torch.tensor(r["ids"]).expand(G, T), group_size=G,
+                  rewards=torch.tensor([0.0] * (T - 1) + [r["group"][r["seat"]]]).expand(G, T),
+                  outcome=torch.tensor(r["group"]))
+    exec(code, given)
+    return given
+
+
+def expected(r, knobs, code):
+    """What sapo.py and srpo.py say of a response: method → name → (T,). The page's own lines say it for SAPO
+    and SRPO."""
+    x, y = run(code["sapo"], r), run(code["srpo"], r)
+    mask, tokens = x["mask"], sapo.ends_every_token(x["mask"])
+
+    def gae(ends, lam, **more):
+        found = sapo.segment_gae(x["rewards"], x["values"], ends, mask, knobs["gamma"], lam, **more)
+        return dict(advantages=found[0], returns=found[1])
+
+    own = dict(value_at=knobs["value_at"])
+    ratio = dict(ratio=sapo.segment_ratio(x["log_probs"], x["old_log_probs"], tokens, mask))
+    each = ratio | dict(v=x["values"], delta=gae(tokens, 0.0)["advantages"])
+    alike = srpo.group_advantages(x["outcome"], len(mask))
+    found = {"GRPO": ratio | dict(advantages=srpo.srpo_advantages(alike, mask)),
+             "SRPO": ratio | {name: y[name] for name in ("advantages", "weights", "contrasts")},
+             "PPO": each | gae(tokens, 0.95), "VC-PPO": each | gae(tokens, 0.99, lam_returns=1.0),
+             "SAPO": {name: x[name] for name in ("advantages", "returns", "ratio")} | dict(
+                 v=x["returns"] - x["advantages"], delta=gae(x["ends"], 0.0, **own)["advantages"])}
+    return x["ends"][0].tolist(), {method: {name: values[r["seat"]] for name, values in names.items()}
+                                   for method, names in found.items()}
+
+
+TURN = """(settings => settings.map(values => {
+  for (const [name, value] of Object.entries(values)) knobs.elements[name].value = value;
+  knobs.dispatchEvent(new Event("input"));
+  const rows = readout.querySelectorAll("[data-name]"), t = Math.floor(response.ids.length * values.clip);
+  show({t, method: "SRPO"});
+  return {shown, t, code: {sapo: find("sapo").textContent, srpo: find("srpo").textContent},
+          table: [...rows].map(row => [row.dataset.name, ...[...row.cells].map(cell => cell.textContent)]),
+          drawn: METHODS.map(m => cells[m][t]).map(({style, classList}) =>
+            style.getPropertyValue("--size") * (classList.contains("negative") ? -1 : 1)),
+          ends: cells.SAPO.map(cell => cell.matches(".end")),
+          reads: cells.V.map(cell => cell.matches(".read"))};
+}))"""
+
+
+def test_the_numbers_are_those_of_sapo_and_srpo(browser, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # as in the page: fp32 is up to 1e-6 off
+    browser.open(PAGE)
+    rng, worst = random.Random(0), 0.0
+    for i, r in enumerate(data_of(PAGE)["responses"]):
+        browser.js(f"choose({i})")
+        settings = [{name: rng.choice(values) for name, values in KNOBS.items()} for _ in range(20)]
+        settings[0] |= dict(ends="entropy", k=30, value_at="start")
+        for knobs, seen in zip(settings, browser.js(f"{TURN}({json.dumps(settings)})")):
+            ends, methods = expected(r, knobs, seen["code"])
+            assert seen["shown"]["ends"] == seen["ends"] == ends, knobs
+            starts = [True, *ends[:-1]]
+            assert seen["reads"] == (starts if knobs["value_at"] == "start" else ends)
+            for column, (method, values) in enumerate(methods.items()):
+                found = seen["shown"]["methods"][method]
+                assert {*found} - {"reads"} == {*values}
+                for name, x in values.items():
+                    assert len(found[name]) == len(x)
+                    error = torch.tensor(found[name], dtype=torch.float64) - x
+                    worst = max(worst, float(error.abs().max()))
+                for name, _, *texts in seen["table"]:  # what one reads is what was worked out
+                    x, text = values.get(name), texts[column].replace("−", "-")
+                    assert text == "–" if x is None else abs(float(text) - x[seen["t"]]) < 6e-4
+                a = float(values["advantages"][seen["t"]])
+                assert abs(seen["drawn"][column] - min(1, max(-1, a))) < 1e-6
+    assert worst < 1e-9, worst
+
+
+def test_every_knob_and_every_token_is_reached_by_keyboard(browser):
+    browser.open(PAGE)
+    browser.js("choice.focus()")
+    browser.press("ArrowDown")
+    assert browser.js("data.responses.indexOf(response)") == 5
+    slip, last = browser.js("response.false[0].tokens[0]"), browser.js("response.ids.length - 1")
+    state = ("[JSON.stringify(settings()), JSON.stringify(shown), plot.innerHTML]"
+             ".concat(['sapo', 'srpo'].map(id => find(id).textContent))")
+    moved = set()
+    for _ in range(12):
+        browser.press("Tab")
+        name = browser.js("document.activeElement.name || document.activeElement.className")
+        if name.startswith("token"):
+            assert browser.js("here") == dict(t=slip, method="SAPO")
+            for key, t, method in (("Home", 0, "SAPO"), ("ArrowLeft", 0, "SAPO"), ("ArrowRight", 1, "SAPO"),
+                                   ("ArrowUp", 1, "VC-PPO"), ("ArrowDown", 1, "SAPO"), ("End", last, "SAPO")):
+                browser.press(key)
+                assert browser.js("document.activeElement === cells[here.method][here.t]")
+                assert browser.js("here") == dict(t=t, method=method)
+                assert f"Token {t + 1} of" in browser.js("document.querySelector('summary').textContent")
+        elif name in KNOBS:
+            before = browser.js(state)
+            browser.press("ArrowDown" if name in ("ends", "value_at", "contrast", "gamma") else "ArrowRight")
+            same = [old == new for old, new in zip(before, browser.js(state))]
+            assert sum(same) == 1 and same[3 if name in ("contrast", "clip", "temperature") else 4], name
+            moved.add(name)
+            browser.js("turn(OURS)")
+    assert moved == {*KNOBS}
+
+
+@pytest.mark.parametrize("button, claim", [
+    ("Paper", "settings().lam === 0.99"),
+    ("λ to 1", "SAPO.advantages.every((a, t) => Math.abs(a + SAPO.v[t]) < 1e-9)"),  # the reward is 0
+    ("λ to 0", "SAPO.advantages.every((a, t) => a === SAPO.delta[t])"),
+    ("every token, λ 0.95", "SAPO.advantages.every((a, t) => a === PPO.advantages[t])"),
+    ("the last token only", "new Set(SAPO.advantages).size === 1"),
+    ("newlines, V before the last token", "SAPO.advantages[response.false[0].tokens[0]] > -0.1"),
+    ("clip to 0.05", "SRPO.advantages.every((a, t) => Math.abs(a / GRPO.advantages[t] - 1) < 0.1)"),
+    ("Ours", "settings().lam === 0.9 && settings().ends === 'entropy'")])
+def test_a_button_does_what_it_says(browser, button, claim):
+    browser.open(PAGE)
+    assert browser.js("SAPO = shown.methods.SAPO, SAPO.advantages[response.false[0].tokens[0]] < -0.6")
+    pressed = "[...buttons].filter(b => b.ariaPressed === 'true').map(b => b.textContent)"
+    assert browser.js(pressed) == ["Ours"]
+    browser.js(f"[...buttons].find(b => b.textContent === {button!r}).click()")
+    assert browser.js(pressed) == [button]
+    assert browser.js(f"(({{SAPO, PPO, SRPO, GRPO}}) => {claim})(shown.methods)")
+
+
+CONTRAST = """(() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const light = colour => {
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = canvas.getImageData(0, 0, 1, 1).data;
+    return 0.05 + (0.2126 * r ** 2.2 + 0.7152 * g ** 2.2 + 0.0722 * b ** 2.2) / 255 ** 2.2;
+  };
+  return [...plot.querySelectorAll(".token")].map(cell => {
+    const {color, backgroundColor} = getComputedStyle(cell), both = [light(color), light(backgroundColor)];
+    return Math.max(...both) / Math.min(...both);
+  });
+})()"""
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_it_looks_right_on_a_desk_and_on_a_telephone_by_day_and_by_night(browser, width, tmp_path):
+    pictures = {}
+    for dark in (False, True):
+        browser.open(PAGE, width, dark)
+        assert browser.js("document.documentElement.scrollWidth") == width  # nothing hangs over the edge
+        assert browser.js("plot.scrollWidth <= plot.clientWidth")
+        assert min(browser.js(f"data.responses.flatMap((_, i) => (choose(i), {CONTRAST}))")) > 4.4
+        browser.js("choose(4)")
+        size = browser("Page.getLayoutMetrics")["cssContentSize"]
+        shot = browser("Page.captureScreenshot", captureBeyondViewport=True, clip=size | dict(scale=1))
+        pictures[dark] = base64.b64decode(shot["data"])
+        (tmp_path / f"{width}-{'dark' if dark else 'light'}.png").write_bytes(pictures[dark])
+        assert browser.js("find('readout').open") == (width > 1000)
+    assert pictures[True] != pictures[False]
+
+
+def test_hostile_text_is_shown_and_runs_nothing(browser, tmp_path):
+    data = data_of(PAGE)
+    evil = ["</script><script>globalThis.hacked = 1</script>", '"><img src=x onerror="hacked = 1">',
+            "<!--<script>", "{{data}}{{digest}}",
+            "'`${hacked = 1}\\", "\u2028\u202e", "&lt;", "x" * 3000, "", "\n"]
+    r = data["responses"][0]
+    for key in ("question", "answer", "stated", "cells", "kind"):
+        r[key] = "".join(evil)
+    r["image"] = "javascript:hacked = 1"
+    r["pieces"] = (evil * 10)[:len(r["pieces"])]
+    r["false"] = [dict(kind=evil[0], text="".join(evil), tokens=[0, 1, 2])]
+    large = data["responses"][1]
+    large["pieces"][0] = "<" * 2**20  # a megabyte, and six of them once escaped
+    text = page.render(data | dict(responses=[r, large, data["responses"][2]]))
+    assert len(text.encode()) < 1e6
+    path = tmp_path / "hostile.html"
+    path.write_text(text, encoding="utf-8")
+    browser.open(path)
+    browser.js("choose(0)")
+    found = browser.js("cells.SAPO.map(cell => cell.textContent)")
+    assert len(found) == len(r["pieces"]) and found[3] == "{{data}}{{digest}}"
+    assert [x[:8] for x in found[:3]] == [x[:8] for x in evil[:3]] and max(map(len, found)) < 30
+    assert browser.js("data.responses.length") == 2 and browser.js("response.pieces[0]") == evil[0]
+    assert browser.js("typeof hacked") == "undefined"
+    assert browser.js("document.images.length") == 1 and browser.js("document.scripts.length") == 2
+    browser.errors.clear()  # the refused image
+    with pytest.raises(SystemExit, match="expected at least one"):
+        page.render(data | dict(responses=[large]))
