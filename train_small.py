@@ -880,6 +880,8 @@ def main(name: str = "train_small.py", kind: type = Config, begin: Callable = pr
     if run.task.skipped:
         print(f"\n{len(run.task.skipped)} rows of the data set could not be read")
     print(f"\n{time.time() - start:.0f} s on {run.config.device}. Metrics, curves, checkpoints: {out}/")
+    if run.config.save and run.critic and not run.config.dataset:
+        print(f"Turn the knobs of its credit: python -m results.page {out}")
 
 
 if __name__ == "__main__":

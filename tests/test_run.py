@@ -555,6 +555,8 @@ def test_the_model_is_saved_before_anything_is_shown(mini, tmp_path, monkeypatch
     assert code == (trouble == "closed")
     assert (out / "model" / "model.safetensors").exists() and (out / "critic.pt").exists()
     assert (out / "curves.png").exists() == (trouble == "ascii")
+    if trouble == "ascii":
+        assert f"python -m results.page {out}" in shown.buffer.getvalue().decode("ascii").splitlines()[-1]
 
 
 def test_curves_are_drawn_again(finished, tmp_path):
