@@ -1,0 +1,308 @@
+"""SAPO, SRPO and the other four on a real vision-language model and data set, with one GPU of 24 GB.
+
+    pip install torchvision num2words math-verify peft  # SmolVLM needs the first two; the judge; --lora
+    python -m examples.real_vlm --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset hiyouga/geometry3k
+    python -m examples.real_vlm --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k \\
+        --lora 16 --dtype bfloat16 --checkpointing
+
+With --memory it prints what the run would take instead, and loads no weights. train_small.py's options hold.
+It is also how to bring what is yours: the data and the reward make a Task, `load` makes the models, and
+train_small.prepare takes both. Ran (tests/test_real_vlm.py): tiny models, on a CPU. Never: these two, a GPU.
+"""
+
+import copy
+import logging
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy
+import torch
+import transformers
+from torch import nn
+from transformers.hf_argparser import HfArg
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import sapo
+import toy_env
+import train_small
+
+try:
+    import math_verify
+except ImportError:
+    math_verify = None
+
+INSTRUCTION = (
+    "Describe what the image shows that the question needs inside <perception></perception>, reason step by "
+    "step inside <think></think>, and give the final answer alone inside <answer></answer>."
+)  # srpo.py tells perception from reasoning by these tags
+
+
+@dataclass
+class RealConfig(train_small.Config):
+    """train_small's options with other defaults, and those of a model that is large for its GPU."""
+
+    model: str = HfArg(default="HuggingFaceTB/SmolVLM-256M-Instruct", help="folder or hub name")
+    dataset: str | None = HfArg(default="hiyouga/geometry3k", help="image(s), question or problem, answer")
+    max_tokens: int | None = HfArg(default=1024, help="longest response (paper: 2048)")
+    micro_batch: int = HfArg(default=2, help="responses per forward pass, in sampling too")
+    eval_problems: int = HfArg(default=64, help="held-out problems per evaluation")
+    dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="of passes, and of a frozen base")
+    lora: int = HfArg(default=0, help="rank of adapters on a frozen base; 0: train all weights")
+    checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass")
+    train_vision: bool = HfArg(default=False, help="train the vision tower too")
+    memory: bool = HfArg(default=False, help="print the memory that is needed, and stop")
+    prompt_tokens: int = HfArg(default=1024, help="of a prompt with its image, for --memory")
+
+
+def complete(config: RealConfig) -> RealConfig:
+    """As train_small.complete: the paper's rates. Adapters get a higher one (ours)."""
+    if config.lora < 0:
+        raise ValueError(f"lora is {config.lora}: expected a rank of 1 or more, or 0 to train all weights")
+    if config.lora and config.train_vision:
+        raise ValueError("train_vision is True: expected False with lora, which adapts the language model")
+    rates = {name: 1e-5 for name in ("lr", "critic_lr", "head_lr") if getattr(config, name) is None}
+    return train_small.complete(replace(config, **rates) if config.lora else config)
+
+
+# ----------------------------------------------------------------------------------------------------- reward
+LONGEST = 200  # characters of an answer; a longer one is wrong, and not worth a judge's time
+
+
+def stated_answer(response: str) -> str | None:
+    r"""The text of the last answer block, or of the last \boxed{…} in it or, without a block, anywhere.
+
+    >>> stated_answer(r"7? <answer> \boxed{\frac{1}{2}} </answer>"), stated_answer("7")
+    ('\\frac{1}{2}', None)
+    """
+    end = response.rfind("</answer>")
+    start = response.rfind("<answer>", 0, max(end, 0))
+    text = response if start < 0 else response[start + len("<answer>"):end].strip()
+    before, box, after = text.rpartition(r"\boxed{")
+    depth = 1
+    for i, letter in enumerate(after[:LONGEST + 1] if box else ""):
+        depth += (letter == "{") - (letter == "}")
+        if not depth:
+            return after[:i].strip()
+    return None if start < 0 else text
+
+
+def normalise(answer: str) -> str:
+    r"""One spelling of answers that differ in layout alone.
+
+    >>> normalise(r"$2 \sqrt { 221 }$."), normalise("48.0"), normalise("b")
+    ('2\\sqrt{221}', '48', 'B')
+    """
+    layout = r"\\(?:left|right)(?![a-z])|\\[,;:! ]|\^\{?(?:\\circ|°)\}?|°|\$"
+    answer = re.sub(layout, "", re.sub(r"\s", "", answer)).replace(r"\dfrac", r"\frac").rstrip(".")
+    if re.fullmatch(r"[+-]?[0-9]*\.?[0-9]+", answer):
+        return str(Fraction(answer))
+    return answer.upper() if len(answer) == 1 else answer
+
+
+def same(answer: str, found: str) -> bool:
+    """Whether what was found is the answer. math-verify, where it is installed, compares values: 0.5 is 1/2.
+    It is lenient: "a" is "A", "12 cm", "x = 12" and "13 = 12" are "12", "50%" is "50"."""
+    if len(found) > LONGEST:
+        return False
+    answer, found = (re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", x) for x in (answer, found))
+    if math_verify is None or normalise(answer) == normalise(found):
+        return normalise(answer) == normalise(found)
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # or it reports all it cannot read
+    truth, claim = (math_verify.parse(f"${x.strip('$ ')}$", parsing_timeout=1) for x in (answer, found))
+    return math_verify.verify(truth, claim, timeout_seconds=1)  # seconds: 9^{9^{9}} is an answer too
+
+
+def reward(problem: toy_env.Problem, response: str) -> float:
+    """0.9 for the right answer; 0.1 for the format, or nothing would teach the tags to who never saw them."""
+    found = stated_answer(response)
+    right = found is not None and same(problem.answer, found)
+    return 0.9 * right + 0.1 * (toy_env.parse(response) is not None)
+
+
+# ----------------------------------------------------------------------------------------------------- models
+class Role(nn.Module):
+    """A model as policy, critic's backbone or reference. Roles may share one model: each puts its own adapter
+    on before a pass. As the model is no submodule, `parameters()` are those that this role trains.
+
+    whole: the model that holds adapters; body: what is called, the whole or its backbone; adapter: a name,
+    "" for the base alone, None for a model without adapters.
+    """
+
+    def __init__(self, config: RealConfig, whole, body, adapter: str | None = None):
+        super().__init__()
+        self.__dict__.update(whole=whole, body=body)  # past nn.Module, which would register them
+        self.adapter, self.bfloat16 = adapter, config.dtype == "bfloat16"
+        self.config, self.device = body.config, body.device
+        self.generation_config = getattr(body, "generation_config", None)
+        self.layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.put_on()
+        self.own = nn.ParameterList(p for p in body.parameters() if p.requires_grad)
+
+    def put_on(self) -> None:
+        if self.adapter:
+            self.whole.enable_adapters()
+            self.whole.set_adapter(self.adapter)
+        elif self.adapter == "":
+            self.whole.disable_adapters()
+
+    @contextmanager
+    def turn(self):
+        self.put_on()
+        for layer in self.layers:  # in training they recompute, and drop the cache that sampling needs; their
+            layer.training = torch.is_grad_enabled()  # submodules stay as they are: no dropout
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            yield
+
+    def forward(self, **inputs):
+        with self.turn():
+            output = self.body(**inputs)
+        if output[0].requires_grad:
+            output[0].register_hook(self.still_on)
+        return output
+
+    def still_on(self, _) -> None:
+        """An adapter that is put on freezes the others: their gradients would be missing without a word."""
+        if not all(p.requires_grad for p in self.own):
+            raise RuntimeError(f"adapter {self.adapter} is off: expected backward before another's forward")
+
+    @torch.no_grad()
+    def generate(self, **inputs) -> torch.Tensor:
+        with self.turn():
+            return self.body.generate(**inputs)
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.put_on()
+        self.whole.save_pretrained(folder)
+
+
+def base_dtype(config: RealConfig) -> torch.dtype:
+    """Of weights: bfloat16 if they are frozen. A trained one would round AdamW's step of 1e-6 away."""
+    return torch.bfloat16 if config.lora and config.dtype == "bfloat16" else torch.float32
+
+
+def make_roles(config: RealConfig, model) -> tuple:
+    """Policy, critic and reference from a pretrained model; None for what the algorithm does not need."""
+    if config.checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.disable_input_require_grads()  # else a frozen tower would have a backward pass
+    if config.lora:  # one frozen copy of the weights for three roles
+        from peft import LoraConfig
+
+        text = model.get_decoder()
+        prefix = next(name for name, module in model.named_modules() if module is text)
+        linear = [f"{prefix}.{name}" for name, m in text.named_modules() if isinstance(m, nn.Linear)]
+        for name in ("policy", "critic")[:1 + config.critic]:
+            adapter = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules=linear)
+            model.requires_grad_(False).add_adapter(adapter, adapter_name=name)
+        for name, weight in model.eval().named_parameters():
+            weight.data = weight.data.float() if ".lora_" in name else weight.data  # not in the base's dtype
+    tower = () if config.train_vision else model.get_encoder("image").requires_grad_(False).parameters()
+    frozen = {id(weight): weight for weight in tower}  # to deepcopy as if copied: all share the tower
+
+    def role(body, name: str) -> Role:
+        if config.lora:
+            return Role(config, model, body, name)
+        body = body if name == "policy" else copy.deepcopy(body, dict(frozen))
+        return Role(config, body, body if name else body.requires_grad_(False))
+
+    policy, critic = role(model, "policy"), None
+    if config.critic:
+        hidden_size = model.config.get_text_config().hidden_size
+        critic = sapo.SegmentCritic(role(model.model, "critic"), hidden_size).to(policy.device)
+    return policy, critic, role(model, "") if config.kl_coef > 0 else None
+
+
+def load(config: RealConfig) -> tuple:
+    """Policy, processor, critic and reference, as train_small.load."""
+    model, processor = train_small.load_policy(config, base_dtype(config))
+    policy, critic, reference = make_roles(config, model)
+    return policy, processor, critic, reference
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+def one_layer(config: RealConfig, decoder, tokens: int) -> tuple[int, int]:
+    """Bytes that a decoder of one layer, run on the CPU, keeps of a response: for the backward pass (without
+    weights, but with copies of them in bfloat16) and in the cache of sampling."""
+    kept, weights = {}, {p.data_ptr() for p in decoder.parameters()}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    embedded = decoder.get_input_embeddings().weight.new_zeros(1, tokens, decoder.config.hidden_size)
+    padded = (torch.arange(tokens) > 0).long()[None]  # so that there is a mask
+    inputs = dict(inputs_embeds=embedded.requires_grad_(), attention_mask=padded)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            decoder(**inputs, use_cache=False)
+        with torch.no_grad():
+            cache = decoder(**inputs, use_cache=True).past_key_values.layers[0]
+    return sum(x.nbytes() for x in kept.values()), cache.keys.nbytes + cache.values.nbytes
+
+
+def bill(config: RealConfig) -> dict[str, float]:
+    """Bytes on the GPU. Counted, on the model without weights: weights, gradients, AdamW. Estimated: copies,
+    activations and cache, from one layer on 16, 32 and 64 tokens (a parabola); logits, as three times their
+    size in a backward pass and four pieces in fp32. Not: the vision tower's activations, CUDA, fragments."""
+    settings = transformers.AutoConfig.from_pretrained(config.model)
+    text, dtype = settings.get_text_config(), base_dtype(config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(settings, dtype=dtype).eval()
+        policy, critic, reference = make_roles(config, model)
+    own, whole, other = ({id(p): p.nbytes for p in m.parameters()} if m else {}
+                         for m in (critic, model, reference and reference.whole))
+    step = [sum(p.nbytes for p in policy.parameters()), sum(own.values())]  # AdamW's step works on a copy
+    rows = {"weights": sum(size for i, size in whole.items() if i not in own), "gradients": sum(step),
+            "AdamW": 2 * sum(step), "reference": sum(size for i, size in other.items() if i not in whole),
+            "critic's weights": sum(own.values())}
+    B, T, layers = config.micro_batch or config.responses, config.max_tokens, text.num_hidden_layers
+    L = config.prompt_tokens + T
+    policy.put_on()
+    decoder = model.get_decoder()
+    decoder.layers = decoder.layers[:1]
+    decoder.to_empty(device="cpu")
+    kept, cached = zip(*(one_layer(config, decoder, n) for n in (16, 32, 64)))
+    square, slope, copies = numpy.polyfit((16, 32, 64), kept, 2)
+    activations = B * L * (square * L + slope)  # of a layer
+    logits = B * (T + 1) * text.vocab_size
+    rows |= {"copies of weights": max(0.0, layers * copies), "KV cache": layers * B * L * cached[0] / 16,
+             "logits": 3 * logits * (2 if config.dtype == "bfloat16" else 4)
+             + 16 * min(logits, train_small.LOGITS),
+             "activations": layers * B * L * text.hidden_size * dtype.itemsize + activations
+             if config.checkpointing else layers * activations}
+    using = rows["copies of weights"] + max(rows["KV cache"], rows["logits"] + rows["activations"])
+    return rows | {"total, at the worst moment": sum([*rows.values()][:5]) + max(using, *step)}
+
+
+def print_bill(config: RealConfig) -> None:
+    for name, size in (rows := bill(config)).items():
+        print(f"{name:28}{size / 1e9:8.2f} GB")
+    there = torch.cuda.is_available()
+    room = torch.cuda.mem_get_info()[0] if there else 24e9
+    print(f"{'fits' if size < room else 'does not fit'} the {room / 1e9:.1f} GB "
+          f"{'free on this GPU' if there else 'of a GPU of 24 GB (there is none here)'}")
+
+
+# ------------------------------------------------------------------------------------------------------- main
+def make_task(config: RealConfig) -> train_small.Task:
+    print(f"answers are judged by {'math-verify' if math_verify else 'spelling: math-verify is missing'}")
+    return train_small.dataset_task(config, INSTRUCTION, reward)
+
+
+def begin(config: RealConfig) -> train_small.Run:
+    config = complete(config)
+    if config.memory:
+        print_bill(config)
+        sys.exit()
+    return train_small.prepare(config, make_task, load)
+
+
+if __name__ == "__main__":
+    train_small.main("-m examples.real_vlm", RealConfig, begin)
