@@ -74,7 +74,7 @@ class Config:
     responses: int = HfArg(default=128, help="responses per iteration (paper: 512)")
     mini_batches: int = HfArg(default=4, help="updates per epoch over an iteration's responses (paper: 4)")
     epochs: int = HfArg(default=1, help="passes over the responses of an iteration (paper: 1)")
-    micro_batch: int = HfArg(default=0, help="responses per forward pass, to save memory; 0: a mini-batch")
+    micro_batch: int | None = HfArg(default=None, help="responses per pass (2; tiny_vlm: 0, as many as go)")
     critic_warmup: int = HfArg(default=5, help="first iterations, for a critic alone (ours, after VC-PPO)")
     lr: float | None = HfArg(default=None, help="policy's rate, falls to 0 (paper: 1e-6; tiny_vlm: 1.6e-4)")
     critic_lr: float | None = HfArg(default=None, help="critic's pretrained part (paper: 2e-6; tiny: 5e-5)")
@@ -129,11 +129,12 @@ def complete(config: Config) -> Config:
     work is done."""
     if config.algo not in ALGORITHMS:
         raise ValueError(f"algo is {config.algo!r}: expected one of {', '.join(ALGORITHMS)}")
-    defaults = dict(clip_low=0.2, clip_high=0.2, lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048)
+    defaults = dict(clip_low=0.2, clip_high=0.2, lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048,
+                    micro_batch=2)
     defaults |= ALGORITHMS[config.algo] | dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
     if Path(config.model).resolve() == Path(TINY_VLM):  # tuned on it; lambda for about a dozen segments
         defaults |= dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, max_tokens=16 * config.operands + 40)
-        defaults |= dict(lam=0.9) if config.algo == "sapo" else {}
+        defaults |= dict(micro_batch=0) | (dict(lam=0.9) if config.algo == "sapo" else {})
     for name in ("lam", "lam_returns"):
         if not config.critic and getattr(config, name) is not None:
             raise ValueError(f"{name} is {getattr(config, name)}: expected none, as {config.algo} has no "

@@ -49,7 +49,6 @@ class RealConfig(train_small.Config):
     model: str = HfArg(default="HuggingFaceTB/SmolVLM-256M-Instruct", help="folder or hub name")
     dataset: str | None = HfArg(default="hiyouga/geometry3k", help="image(s), question or problem, answer")
     max_tokens: int | None = HfArg(default=1024, help="longest response (paper: 2048)")
-    micro_batch: int = HfArg(default=2, help="responses per forward pass, in sampling too")
     eval_problems: int = HfArg(default=64, help="held-out problems per evaluation")
     dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="of passes, and of a frozen base")
     lora: int = HfArg(default=0, help="rank of adapters on a frozen base; 0: train all weights")

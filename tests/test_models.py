@@ -124,7 +124,8 @@ def make_tokenizer(family):
         core.post_processor = processors.TemplateProcessing(f"{family.bos} $A", f"{family.bos} $A $B:1",
                                                             [(family.bos, tokens[family.bos])])
     core.add_special_tokens(SPECIAL)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=family.bos, eos_token="<eos>",
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=family.bos, eos_token="<eos>",
                                                 pad_token="<pad>", extra_special_tokens=family.named)
 
 
@@ -170,7 +171,8 @@ SIZES = (48, 48), (60, 100), (130, 40), (33, 37), (64, 64), (20, 90)
 
 
 def small(folder, **changes):
-    options = dict(iterations=2, responses=16, mini_batches=2, critic_warmup=0, operands=2, max_tokens=10,
+    options = dict(iterations=2, responses=16, mini_batches=2, critic_warmup=0, operands=2,
+                   max_tokens=10, micro_batch=0,
                    eval_problems=4, eval_every=2, lr=1e-3, device="cpu")
     return train_small.complete(train_small.Config(model=str(folder), **options | changes))
 

@@ -34,8 +34,9 @@ from results import curves
 from tiny_vlm import make
 from train_small import INSTRUCTION, Config
 
-SMALL = dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, iterations=2, responses=16, mini_batches=2,
-             critic_warmup=0, operands=2, max_tokens=20, eval_problems=4, eval_every=1, device="cpu")
+SMALL = dict(micro_batch=0, lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, iterations=2, responses=16,
+             mini_batches=2, critic_warmup=0, operands=2, max_tokens=20, eval_problems=4, eval_every=1,
+             device="cpu")
 
 TASK = train_small.Task(None, [], INSTRUCTION, toy_env.reward)
 
@@ -533,7 +534,8 @@ def test_metrics_of_an_iteration_match_loops(mini, monkeypatch):
     assert train_small.describe(roll, scored, credit, outcome) == pytest.approx(dict(
         entropy=over_tokens(scored.entropy), kl_to_start=over_tokens(scored.log_probs - scored.ref_log_probs),
         segments_per_response=float(credit.ends.sum() / 16), response_length=fmean(lengths), reward=0.5,
-        truncated=0.25, unreadable=fmean(toy_env.parse(text) is None for _, text in both), faithful=faithful, blame_auroc=fmean(x.statements for x in blames if x),
+        truncated=0.25, unreadable=fmean(toy_env.parse(text) is None for _, text in both), faithful=faithful,
+        blame_auroc=fmean(x.statements for x in blames if x),
         explained_variance=explained[0], explained_variance_last=explained[1]), abs=1e-5)
 
     monkeypatch.setattr(train_small, "rollout", lambda *args, **mode: roll)
