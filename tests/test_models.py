@@ -125,8 +125,8 @@ def make_tokenizer(family):
                                                             [(family.bos, tokens[family.bos])])
     core.add_special_tokens(SPECIAL)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=family.bos, eos_token="<eos>",
-                                                pad_token="<pad>", extra_special_tokens=family.named)
+        tokenizer_object=core, bos_token=family.bos, eos_token="<eos>", pad_token="<pad>",
+        extra_special_tokens=family.named)
 
 
 def make_model(family, folder):
