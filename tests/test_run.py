@@ -71,7 +71,7 @@ def same_weights(one, other):
 
 # -------------------------------------------------------------------------------------- killed, and continued
 SERVER = """
-import os, sys, time, toy_env, train_small
+import conftest, os, sys, time, toy_env, train_small
 toy_env.reward = lambda problem, text: float(len(text) % 2)  # an untrained model gets some
 os.fsync = lambda number: time.sleep(0.15)  # a slow disk, so that a checkpoint is often half there
 for line in sys.stdin:
@@ -100,7 +100,8 @@ for line in sys.stdin:
 def server(tmp_path_factory):
     """The command in processes of its own, which are forked when all is imported. -> start(...), finish()"""
     folder = tmp_path_factory.mktemp("server")
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), TQDM_DISABLE="1")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+                       TQDM_DISABLE="1")
     process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
