@@ -254,6 +254,8 @@ def test_settings_of_a_run_that_goes_on(finished, tmp_path, monkeypatch, capsys)
     out = shutil.copytree(finished, tmp_path / "run")
     assert command(monkeypatch, f"--resume={out}", "--lr=0.01") == 2
     assert f"lr is 0.01: expected 0.001, as in {out}" in capsys.readouterr().err
+    with open(out / "metrics.jsonl", "a") as file:  # behind the checkpoint, and longer than what comes there
+        file.write(json.dumps(dict(iteration=5, text="a" * 5000)) + "\n")
     assert command(monkeypatch, f"--resume={out}", "--iterations=5") == 0
     assert [row["iteration"] for row in metrics(out)] == [*range(6)]
     assert command(monkeypatch, f"--resume={tmp_path}") == 2 and "resume is" in capsys.readouterr().err
@@ -314,6 +316,7 @@ def test_no_step_is_taken_with_what_is_not_finite(mini, tmp_path, monkeypatch, n
                 patch.setattr(*NAN[name](range(1, 99)))
             result = iterate(run, i, learn_policy)
         keep(i, run.policy, run.critic)
+        assert not any(p.grad is not None for m in (run.policy, run.critic) for p in m.parameters())
         return result
 
     monkeypatch.setattr(train_small, "iterate", second)
