@@ -170,6 +170,8 @@ def test_a_signal_ends_the_iteration_and_saves(server, uninterrupted, mini, tmp_
     code, log = finish()
     assert code == 0, log
     assert metrics(out) == metrics(whole) and same_weights(out, whole)
+    seconds = [json.loads(line)["seconds"] for line in open(out / "metrics.jsonl")]
+    assert seconds == sorted(seconds)  # they go on as well
     made = json.loads((out / "run.json").read_text())
     assert [part["iteration"] for part in made["parts"]] == [last, 8] and made["config"]["lam"] == 0.99
     assert {"command", "commit", "torch", "transformers", "device", "seconds"} <= made["parts"][0].keys()
