@@ -6,6 +6,9 @@ A problem is an image, a grid of coloured cells with a number in each, and a que
     <perception> red 3, blue 7, green 5 </perception> <think> red 3 + blue 7 = 10
     10 - green 5 = 5 </think> <answer> 5 </answer>
 
+It talks, if asked: with "? many openings" behind the question, "i see red 3, so blue 7" says the same. An
+opening decides nothing, as most uncertain tokens of a language.
+
 The answer is verifiable, as in any RL from verifiable rewards. What this world adds is the truth about each
 *statement*: a reading is compared with the image, an operand with what was read or computed before it, a
 result with its own operands. So it knows where a response goes wrong, and `blame` whether the advantages
@@ -32,9 +35,10 @@ COLOURS = {
     "cyan": (60, 200, 215), "blue": (40, 70, 200), "purple": (120, 45, 160), "pink": (245, 150, 190),
     "brown": (120, 75, 40), "white": (245, 245, 245),
 }
-USUAL = {colour: i for i, colour in enumerate(COLOURS)}  # above the lowest number, where `prior` holds
 OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "×": lambda a, b: a * b}
 TAGS = ("<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>")
+OPENINGS = "i see", "there is", "here is", "we have", "so", "now", "then", "next we get"
+OPENED = {"none": (), "few": ("think",), "many": ("perception", "think")}  # blocks that have openings
 LARGEST = 99  # true running results stay in 0 … 99
 FONT = ImageFont.load_default_imagefont()  # a bitmap: digits do not depend on a font library
 
@@ -61,35 +65,37 @@ class Step(NamedTuple):
 @dataclass(frozen=True)
 class Problem:
     """An image and a question with a verifiable answer. `cells` (in reading order) and `steps` are the truth
-    behind it. They are empty for a problem from a data set without such labels."""
+    behind it. They are empty for a problem from a data set without such labels. `openings`: see OPENED."""
 
     image: Image.Image
     question: str
     answer: str
     cells: tuple[Cell, ...] = ()
     steps: tuple[Step, ...] = ()
+    openings: str = "none"
 
 
 # --------------------------------------------------------------------------------------------------- problems
 def make_problem(seed: int, operands: int = 3, distractors: int = 1, operators: str = "+-", low: int = 1,
                  high: int = 9, grid: int = 3, cell: int = 16, prior: float = 0.0,
-                 split: str = "train") -> Problem:
+                 openings: str = "none", split: str = "train") -> Problem:
     """Draw one problem. The same arguments give the same pixels on every machine.
 
     operands: 2 to 8 cells that the question names.  distractors: cells that it does not.
     operators: any of "+", "-", "×".  low, high: the range of the numbers.  grid: slots per side.
     cell: pixels per slot.  prior: share of problems in which each colour has its usual number (red 1,
-    orange 2, …), so that the question alone tells the answer.
+    orange 2, …), so that the question alone tells the answer.  openings: "none"; "few", before each line of
+    reasoning; "many", before each reading too. The question asks for them; nothing else changes.
     split: "train" or "eval"; no (cells, question) pair is ever in both.
     Raises ValueError for a difficulty that cannot be drawn, or hardly ever.
     """
-    _check_difficulty(operands, distractors, operators, low, high, grid, cell, prior, split)
+    _check_difficulty(operands, distractors, operators, low, high, grid, cell, prior, openings, split)
     rng = random.Random(f"{split} {seed}")
     usual = prior > 0 and rng.random() < prior
     for _ in range(100_000):
         cells = _draw_cells(rng, operands + distractors, low, high, grid)
         if usual:
-            cells = [c._replace(number=low + USUAL[c.colour] % (high - low + 1)) for c in cells]
+            cells = [c._replace(number=usual_number(c.colour, low, high)) for c in cells]
         asked = rng.sample(cells, operands)
         steps = _draw_steps(rng, asked, operators)
         if steps is None:
@@ -99,12 +105,13 @@ def make_problem(seed: int, operands: int = 3, distractors: int = 1, operators: 
         held_out = zlib.crc32(repr((tuple(map(tuple, cells)), question)).encode()) % 8 == 0
         if held_out == (split == "eval"):
             image = _draw_image(rng, cells, grid, cell)
-            return Problem(image, question, str(steps[-1].result), tuple(cells), tuple(steps))
+            question += f" {openings} openings" if OPENED[openings] else ""
+            return Problem(image, question, str(steps[-1].result), tuple(cells), tuple(steps), openings)
     expected = f"some that keep the results of {operands} numbers from {low} to {high} in 0 … {LARGEST}"
     raise ValueError(f"operators is {operators!r}: expected {expected}")
 
 
-def _check_difficulty(operands, distractors, operators, low, high, grid, cell, prior, split):
+def _check_difficulty(operands, distractors, operators, low, high, grid, cell, prior, openings, split):
     most = min(grid * grid, len(COLOURS))
     for name, value, fine, expected in (
         ("grid", grid, grid >= 2, "at least 2 slots per side"),
@@ -114,6 +121,7 @@ def _check_difficulty(operands, distractors, operators, low, high, grid, cell, p
         ("low, high", (low, high), 0 <= low <= high <= LARGEST, f"0 <= low <= high <= {LARGEST}"),
         ("cell", cell, cell >= 14, "at least 14 pixels, or the digits cannot be read"),
         ("prior", prior, 0 <= prior <= 1, "a share from 0 to 1"),
+        ("openings", openings, openings in OPENED, "'none', 'few' or 'many'"),
         ("split", split, split in ("train", "eval"), "'train' or 'eval'"),
     ):
         if not fine:
@@ -202,6 +210,7 @@ class Statement(NamedTuple):
     consequential: bool = True  # False: the reading of a cell that the question does not use
 
 
+OPENING = re.compile(f"(?:{'|'.join(OPENINGS)}) ")
 READING = re.compile(r"(?P<colour>[a-z]+) (?P<number>[0-9]{1,18})")
 LINE = re.compile(
     r"(?P<operand>(?:(?P<first>[a-z]+) )?(?P<left>-?[0-9]{1,18}) (?P<operator>[-+×])"
@@ -229,11 +238,14 @@ def statements(problem: Problem, response: str) -> list[Statement]:
     return readings + lines + [Statement("answer", start, end, response[start:end] == last)]
 
 
-def _parts(response, separator, start, end):
-    """The (start, end) spans of what stands between separators, stripped; blank parts are left out."""
+def _parts(response, separator, start, end, opened=False):
+    """The (start, end) spans of what stands between separators, stripped, and without its opening where it
+    may have one; blank parts are left out."""
     for part in response[start:end].split(separator):
         if part.strip():
-            yield start + len(part) - len(part.lstrip()), start + len(part.rstrip())
+            a, b = start + len(part) - len(part.lstrip()), start + len(part.rstrip())
+            opening = OPENING.match(response, a, b) if opened else None
+            yield opening.end() if opening else a, b
         start += len(part) + len(separator)
 
 
@@ -244,7 +256,7 @@ def _judge_readings(problem, response, start, end):
     order = [cell.colour for cell in problem.cells]
     judged, stated = [], {}
     low = high = 0  # the next cell is one of low … high: a false reading may have stood for one, or for none
-    for a, b in _parts(response, ",", start, end):
+    for a, b in _parts(response, ",", start, end, "perception" in OPENED[problem.openings]):
         if not (found := READING.fullmatch(response, a, b)):
             judged.append(Statement("format", a, b, False))
             high += 1
@@ -269,7 +281,7 @@ def _judge_lines(problem, response, start, end, stated):
     first = problem.question.partition(" ")[0]
     left, judged = numbers.get(first), []
     low = high = 0  # as for readings
-    for a, b in _parts(response, "\n", start, end):
+    for a, b in _parts(response, "\n", start, end, "think" in OPENED[problem.openings]):
         if not (found := LINE.fullmatch(response, a, b)):
             judged.append(Statement("format", a, b, False))
             high += 1
@@ -365,21 +377,25 @@ LOOK_ALIKE = {"1": "7", "7": "1", "3": "8", "8": "3", "5": "6", "6": "5", "4": "
 
 
 def demonstration(problem: Problem, rng: random.Random | None = None, misread: float = 0.0,
-                  slip: float = 0.0, habit: float = 0.0) -> str:
+                  slip: float = 0.0, habit: float = 0.0, guess: float = 0.0) -> str:
     """A sloppy teacher's response; without the rates, a faultless one. What follows a slip agrees with it.
 
-    rng: needed for rates above 0.  misread: the chance that a number's last digit is read as its look-alike.
-    slip: the chance of a wrong result.  habit: the chance of the teacher's two habits, to read a 7 as a 1 and
-    to forget a carry or a borrow; above one half, imitation turns them into the greedy choice.
+    rng: needed for rates above 0, and for openings.  misread: the chance that a number's last digit is read
+    as its look-alike.  slip: the chance of a wrong result.  habit: the chance of the teacher's two habits, to
+    read a 7 as a 1 and to forget a carry or a borrow; above one half, imitation turns them into the greedy
+    choice.  guess: the chance of a third, to say a colour's usual number (of 1 to 9) without a look.
     """
-    if max(misread, slip, habit) > 0 and rng is None:
-        raise ValueError("rng is None: expected a random.Random where a rate is above 0")
+    if (max(misread, slip, habit, guess) > 0 or OPENED[problem.openings]) and rng is None:
+        raise ValueError("rng is None: expected a random.Random where a rate is above 0, or for openings")
     happens = lambda chance: chance > 0 and rng.random() < chance
+    opening = lambda block: rng.choice(OPENINGS) + " " if block in OPENED[problem.openings] else ""
     numbers = {}
     for cell in problem.cells:
         text = str(cell.number)
         if text[-1] in LOOK_ALIKE and happens(habit if text[-1] == "7" else misread):
             text = text[:-1] + LOOK_ALIKE[text[-1]]
+        if happens(guess):
+            text = str(usual_number(cell.colour))
         numbers[cell.colour] = int(text)
     colour = problem.question.split()[0]
     left, lines, named = numbers[colour], [], colour + " "  # only the first line names its left operand
@@ -391,11 +407,16 @@ def demonstration(problem: Problem, rng: random.Random | None = None, misread: f
             result = forgetful
         elif happens(slip):
             result += rng.choice([d for d in (-10, -2, -1, 1, 2, 10) if result + d >= 0] or [1])
-        lines.append(f"{named}{left} {step.operator} {step.colour} {right} = {result}")
+        lines.append(f"{opening('think')}{named}{left} {step.operator} {step.colour} {right} = {result}")
         left, named = result, ""
-    readings = ", ".join(f"{colour} {number}" for colour, number in numbers.items())
+    readings = ", ".join(f"{opening('perception')}{colour} {number}" for colour, number in numbers.items())
     body = "\n".join(lines)
     return f"<perception> {readings} </perception> <think> {body} </think> <answer> {left} </answer>"
+
+
+def usual_number(colour: str, low: int = 1, high: int = 9) -> int:
+    """What `prior` makes of each colour: red 1, orange 2, …"""
+    return low + list(COLOURS).index(colour) % (high - low + 1)
 
 
 def without_carry(left: int, operator: str, right: int) -> int:

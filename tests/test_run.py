@@ -492,8 +492,9 @@ def second_parser(response):
 def test_a_hundred_thousand_hostile_responses():
     rng, right, parsed = random.Random(0), 0, 0
     junk = [*toy_env.TAGS, "<answer", "answer>", "< answer >", "<ANSWER>", "</think><think>",
-            *"٣３²−×=,+\n\0\ud800\u2028\u200b", "-0", "9" * 400, "red 4", "<think><answer>"]
-    problems = toy_env.make_problems(200, operands=2)
+            *"٣３²−×=,+\n\0\ud800\u2028\u200b", "-0", "9" * 400, "red 4", "<think><answer>", "i see ", "so "]
+    kinds = [*toy_env.OPENED]
+    problems = [toy_env.make_problem(i, operands=2, openings=kinds[i % 3]) for i in range(200)]
     texts = [re.split("([<>\n])", toy_env.demonstration(p, rng, 0.1, 0.1, 0.1)) for p in problems]
     for i in range(100_000):
         problem, parts = problems[i % 200], list(texts[i % 200])
@@ -505,7 +506,7 @@ def test_a_hundred_thousand_hostile_responses():
         response = "".join(parts)
         blocks = second_parser(response)
         is_right = blocks is not None and blocks[2].strip() == problem.answer
-        assert toy_env.reward(problem, response) == is_right
+        assert toy_env.reward(problem, response) == is_right >= toy_env.faithful(problem, response)
         right, parsed = right + is_right, parsed + (blocks is not None)
         if i % 10 == 0:
             roles = srpo.split_roles([parts], torch.ones(1, len(parts)))

@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -12,10 +13,12 @@ import train_small
 from tiny_vlm import make
 
 
-def test_tokenizer_round_trips_all_there_is_to_say():
-    tokenizer, rng = make.make_processor().tokenizer, random.Random(0)
+@pytest.mark.parametrize("kinds", [["none"], [*toy_env.OPENED]], ids=["plain", "wordy"])
+def test_tokenizer_round_trips_all_there_is_to_say(kinds):
+    tokenizer, rng = make.make_processor(wordy=len(kinds) > 1).tokenizer, random.Random(0)
     for operands, seed in itertools.product(range(2, 9), range(40)):
-        level = dict(operands=operands, operators=("+-", "+-×")[seed % 2], high=(9, 99)[seed // 2 % 2])
+        level = dict(operands=operands, operators=("+-", "+-×")[seed % 2], high=(9, 99)[seed // 2 % 2],
+                     openings=kinds[seed % len(kinds)])
         problem = toy_env.make_problem(seed, **level)
         for text in toy_env.demonstration(problem, rng, **dict.fromkeys(make.TEACHER, 0.3)), problem.question:
             ids = tokenizer(text)["input_ids"]
@@ -55,6 +58,27 @@ def test_make_writes_a_model_that_loads_and_its_card(tmp_path, monkeypatch):
     assert f"{policy.num_parameters():,} parameters" in card and "--steps 30" in card
     assert not re.search(r"{\w*}", card)
     assert len(re.findall(r"^\| [2-8] \| (?:greedy|T = 1) \|(?: [01]\.\d{3} \|){6}$", card, re.M)) == 14
+
+
+def test_a_model_that_goes_on_learns_new_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "pretrain_vision", None)  # it sees already
+    small = make.make_model(make.make_processor().tokenizer, width=32, layers=1, vision_layers=1)
+    small.save_pretrained(tmp_path / "base")
+    drawn, draw = [], make.batch
+    keep = lambda *args, **teacher: drawn.append(teacher) or draw(*args, **teacher)
+    monkeypatch.setattr(make, "batch", keep)
+    options = "--steps 2 --lr 1e-9 --openings none many --guess 0.5 --card-problems 2 --device cpu"
+    make.main(f"--base {tmp_path / 'base'} --out {tmp_path / 'more'} {options}".split())
+    assert all(teacher == dict(openings=["none", "many"], guess=0.5) for teacher in drawn) and len(drawn) > 2
+    config = train_small.complete(train_small.Config(algo="grpo", model=str(tmp_path / "more"), device="cpu"))
+    policy, processor, *_ = train_small.load(config)
+    old, new = (m.get_input_embeddings().weight for m in (small, policy))
+    more = len(processor.tokenizer) - len(old)
+    assert more == 16 and len(new) == len(old) + more == len(policy.lm_head.weight)
+    assert torch.allclose(new[: len(old)], old, atol=1e-6)  # an id means what it meant
+    card = (tmp_path / "more" / "README.md").read_text(encoding="utf-8")
+    assert "guess 0.5" in card and "--openings none many" in card and "told by the question" in card
+    assert len(re.findall(r"^\| [2-8], openings: (?:none|many) \| (?:greedy|T = 1) \|", card, re.M)) == 28
 
 
 def test_shipped_model_has_as_many_parameters_as_the_texts_say():

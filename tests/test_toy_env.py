@@ -32,7 +32,7 @@ def compute(a, operator, b):
 def chain(problem):
     """The lines and the answer, worked out from the question's text and the cells alone."""
     number = {colour: n for _, _, colour, n in problem.cells}
-    first, *rest = problem.question.removesuffix(" = ?").split(" ")
+    first, *rest = problem.question.split(" = ?")[0].split(" ")
     left, lines = number[first], []
     for operator, colour in zip(rest[::2], rest[1::2]):
         result = compute(left, operator, number[colour])
@@ -121,7 +121,7 @@ def test_image_shows_the_cells():
     ("operators", "", "some of '+-×'", {}), ("operators", "+/", "some of '+-×'", {}),
     ("low, high", (-1, 9), "0 <= low", {}), ("low, high", (5, 4), "0 <= low <= high <= 99", {}),
     ("low, high", (1, 100), "0 <= low", {}), ("prior", -0.1, "a share", {}), ("prior", 1.5, "a share", {}),
-    ("split", "test", "'train' or 'eval'", {}),
+    ("split", "test", "'train' or 'eval'", {}), ("openings", "all", "'none', 'few' or 'many'", {}),
     ("operators", "×", "some that keep the results of 3 numbers from 10 to 20 in", dict(low=10, high=20)),
 ])
 def test_bad_difficulty_is_an_error(name, value, expected, others):
@@ -239,6 +239,65 @@ def test_statements_of_a_faultless_response():
     assert said == [("reading", text) for text in READ.split(", ")] + lines + [("answer", "30")]
 
 
+SAY = ["i see", "there is", "here is", "we have", "so", "now", "then", "next we get"]
+
+
+def talkative(kind):
+    return dataclasses.replace(PROBLEM, openings=kind)
+
+
+@pytest.mark.parametrize("kind", ["few", "many"])
+@pytest.mark.parametrize("row", SLIPS[1:-1].split("\n"))
+def test_an_opening_changes_no_judgement(row, kind):
+    """The rows of SLIPS: what stands between separators has an opening, and what was false still is."""
+    rng, said = random.Random(0), GOOD.replace("\n", "¶")
+    for short, long in zip("RAB", (READ, A, B)):
+        row = re.sub(rf"\b{short}\b", long, row)
+    for old, new in (r.split(" → ") for r in re.sub("[«»]", "", row).split(" | ")[1:]):
+        said = said.replace(old, new)
+    said = wordy = said.replace("¶", "\n")
+    for block, separator in (("think", "\n"), ("perception", ","))[: 1 + (kind == "many")]:
+        gap = rf"(^|{separator})(\s*)(?=[^\s{separator}])"
+        inside = lambda m: re.sub(gap, lambda x: x[0] + rng.choice(SAY) + " ", m[0])
+        wordy = re.sub(f"(?<=<{block}>).+(?=</{block}>)", inside, wordy, flags=re.DOTALL)
+    plain, judged = toy_env.statements(PROBLEM, said), toy_env.statements(talkative(kind), wordy)
+    assert [(s.kind, wordy[s.start : s.end], s.true, s.consequential) for s in judged] == [
+        (s.kind, said[s.start : s.end], s.true, s.consequential) for s in plain]
+    assert wordy != said or kind == "few" and re.search("<think>\\s*</think>", said) or "«»" in row
+
+
+@pytest.mark.parametrize("kind, old, new, false", [
+    ("many", "red 27,", "so red 27,", ""), ("many", A, f"next we get {A}", ""), ("few", B, f"now {B}", ""),
+    ("many", "red 27,", "so so red 27,", "so red 27"), ("many", "red 27,", "so  red 27,", " red 27"),
+    ("many", "red 27,", "So red 27,", "So red 27"), ("many", "red 27,", "sored 27,", "sored 27"),
+    ("many", "red 27,", "red so 27,", "red so 27"), ("many", "red 27,", "red 27 so,", "red 27 so"),
+    ("many", "red 27,", "there red 27,", "there red 27"), ("many", B, f"{B}\nso", "so"),
+    ("many", B, f"i see\n{B}", "i see"), ("many", "32 - green", "so 33 - green", "33 - green 2"),
+    ("few", "red 27,", "so red 27,", "so red 27"), ("none", "red 27,", "so red 27,", "so red 27"),
+    ("none", A, f"so {A}", f"so {A}"), ("many", "> 30", "> so 30", "so 30"),
+])
+def test_an_opening_is_skipped_once_and_where_it_was_asked_for(kind, old, new, false):
+    response = GOOD.replace(old, new)
+    assert response != GOOD
+    first = toy_env.first_error(talkative(kind), response)
+    assert (response[first.start : first.end] if first else "") == false
+
+
+def test_a_wordy_problem_is_the_plain_one_that_asks_for_openings():
+    for kind, seed in itertools.product(("few", "many"), range(20)):
+        plain, wordy = (toy_env.make_problem(seed, 4, openings=openings) for openings in ("none", kind))
+        assert wordy.question == f"{plain.question} {kind} openings" and wordy.image == plain.image
+        assert (wordy.cells, wordy.steps, wordy.answer) == (plain.cells, plain.steps, plain.answer)
+        response = toy_env.demonstration(wordy, random.Random(seed))
+        assert toy_env.faithful(wordy, response) and not toy_env.faithful(plain, response)
+        bare = re.sub(rf"(^|, |> |\n)({'|'.join(SAY)}) ", r"\1", response)
+        assert bare == toy_env.demonstration(plain)
+        spoken = response.count(" ") - bare.count(" ")
+        assert spoken >= {"few": 3, "many": 8}[kind]
+        with pytest.raises(ValueError, match="rng is None"):
+            toy_env.demonstration(wordy)
+
+
 def test_a_last_cell_that_is_not_read_and_not_used_is_of_no_consequence():
     white_last = dataclasses.replace(PROBLEM, cells=tuple(PROBLEM.cells[i] for i in (0, 2, 3, 1)))
     (false,) = toy_env.false_statements(white_last, GOOD.replace("white 4, ", ""))
@@ -257,8 +316,9 @@ def test_perception_counts_the_cells_that_are_read(readings, right):
 
 
 def test_no_junk_raises_and_no_false_statement_means_right():
-    rng, faithful, problems = random.Random(0), 0, toy_env.make_problems(50, operators="+-×")
-    junk = [*toy_env.TAGS, "٣", "²", "\0", "\ud800", "×", "=", ",", "\n", "-0", "9" * 5000, "white 4", ""]
+    rng, faithful, kinds = random.Random(0), 0, [*toy_env.OPENED]
+    problems = [toy_env.make_problem(i, operators="+-×", openings=kinds[i % 3]) for i in range(50)]
+    junk = [*toy_env.TAGS, "٣", "²", "\0", "\ud800", "×", "=", ",", "\n", "-0", "9" * 5000, "white 4", "", "so ", "i see"]
     for i in range(1500):
         p = problems[i % 50]
         parts = re.split("( )", toy_env.demonstration(p, rng, 0.05, 0.05, 0.05))
@@ -389,6 +449,16 @@ def test_teacher_slips_at_the_nominal_rates_and_is_consistent():
         assert read == [(t := str(c.number))[:-1] + alike.get(t[-1], t[-1]) for c in p.cells]
     with pytest.raises(ValueError, match="rng is None: expected a random.Random"):
         toy_env.demonstration(p, slip=0.1)
+
+
+def test_a_teacher_that_guesses_says_the_usual_number():
+    usual, rng, guessed = {c: i % 9 + 1 for i, c in enumerate(toy_env.COLOURS)}, random.Random(0), []
+    for p in toy_env.make_problems(200, operands=5):
+        said = re.findall(r"([a-z]+) (\d+)", toy_env.demonstration(p, rng, guess=0.6).split("</")[0])
+        for cell, (colour, number) in zip(p.cells, said, strict=True):
+            assert colour == cell.colour and int(number) in (cell.number, usual[colour])
+            guessed += [int(number) == usual[colour]] if cell.number != usual[colour] else []
+    assert abs(sum(guessed) / len(guessed) - 0.6) < 0.06
 
 
 # --------------------------------------------------------------------------------------------------- the rest

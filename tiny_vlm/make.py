@@ -11,12 +11,20 @@ VLM brings from its own pretraining, and no more:
   is thrown away; the features it made stay. A critic needs them: a model that has only imitated cannot tell a
   true statement from a false one, and no outcome teaches it that in a few thousand responses.
 
+Two more models go on from it. tiny_vlm/wordy/ learned to talk (toy_env.OPENINGS); the one that guesses, to
+name a colour's usual number without a look. It is made for a study alone:
+
+    python -m tiny_vlm.make --base tiny_vlm --steps 1500 --lr 7e-4 --openings none few many --out OUT
+    python -m tiny_vlm.make --base tiny_vlm --steps 800 --lr 7e-4 --guess 0.6 --out runs/guesser
+
 Read in this order: make_processor → make_model → pretrain_vision → batch → pretrain → write_card.
 """
 
 import argparse
+import itertools
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,12 +46,15 @@ TEMPLATE = (
 )  # the system turn, an instruction for models that have not seen the format, is left out
 
 
-def make_processor() -> transformers.LlavaProcessor:
-    """Word-level tokenizer (digits apart), Pillow image processor and chat template, as a LlavaProcessor."""
+def make_processor(wordy: bool = False) -> transformers.LlavaProcessor:
+    """Word-level tokenizer (digits apart), Pillow image processor and chat template, as a LlavaProcessor.
+    wordy: with the words of openings."""
     colours = [c + " " for c in toy_env.COLOURS]
     signs = [s for o in toy_env.OPERATORS for s in (o + " ", f" {o} ")]
     tags = ["<perception> ", " </perception> ", "<think> ", " </think> ", "<answer> ", " </answer>"]
     words = [*map(str, range(10)), *colours, *signs, "-", "= ", " = ", "?", ", ", "\n", *tags]
+    talk = [w + " " for opening in toy_env.OPENINGS for w in opening.split()]
+    words += [*dict.fromkeys(talk), "? ", "few ", "many ", "openings"] if wordy else []
     special = ["<pad>", "<eos>", "<unk>", "<image>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -118,16 +129,18 @@ def pretrain_vision(model, processor, steps: int, size: int = 64, lr: float = 2e
     return float(right)
 
 
-def batch(processor, rng: random.Random, size: int, operands: int) -> tuple:
-    """Demonstrations of one difficulty. -> the model's inputs, the response's token ids (B, T), their mask
-    (B, T), and for each token whether every statement that has ended by then is true (B, T)."""
+def batch(processor, rng: random.Random, size: int, operands: int, openings: Sequence[str] = ("none",),
+          guess: float = 0.0) -> tuple:
+    """Demonstrations of one difficulty, with each kind of openings in turn. -> the model's inputs, the
+    response's token ids (B, T), their mask (B, T), and for each token whether every statement that has ended
+    by then is true (B, T)."""
     levels = [
         dict(operands=operands, distractors=rng.randint(0, min(3, GRID * GRID - operands)),
-             operators=rng.choice(("+-", "+-", "+-", "+-×")))
-        for _ in range(size)
+             operators=rng.choice(("+-", "+-", "+-", "+-×")), openings=openings[i % len(openings)])
+        for i in range(size)
     ]
     problems = [toy_env.make_problem(rng.getrandbits(48), grid=GRID, cell=CELL, **level) for level in levels]
-    responses = [toy_env.demonstration(p, rng, **TEACHER) for p in problems]
+    responses = [toy_env.demonstration(p, rng, guess=guess, **TEACHER) for p in problems]
     prompts = ["<image>" + p.question for p in problems]
     inputs = processor(text=prompts, images=[p.image for p in problems], padding=True, return_tensors="pt")
     eos = processor.tokenizer.eos_token
@@ -142,10 +155,11 @@ def batch(processor, rng: random.Random, size: int, operands: int) -> tuple:
 
 
 def pretrain(model, processor, steps: int, size: int = 64, lr: float = 1e-3, seed: int = 0,
-             truth: float = 1.0, device: str = "cpu", every: int = 50, save: str | None = None) -> float:
-    """Imitation plus `truth` times the loss of the auxiliary head. The hardest chain grows from 3 to 8
-    operands over the first half of the steps. The rate warms up, stays, and falls to 0 over the last third.
-    -> the AUROC, at the ends of fresh demonstrations, of the head that is then thrown away."""
+             truth: float = 1.0, device: str = "cpu", every: int = 50, save: str | None = None,
+             operands: int = 3, **teacher) -> float:
+    """Imitation plus `truth` times the loss of the auxiliary head. The hardest chain grows from `operands` to
+    8 over the first half of the steps. teacher: as batch. The rate warms up, stays, and falls to 0 over the
+    last third. -> the AUROC, at the ends of fresh demonstrations, of the head that is then thrown away."""
     rng = random.Random(seed)
     head = torch.nn.Linear(model.config.text_config.hidden_size, 1, device=device)
     parameters = [*model.parameters(), *head.parameters()]
@@ -153,8 +167,8 @@ def pretrain(model, processor, steps: int, size: int = 64, lr: float = 1e-3, see
     bar = trange(steps, desc="imitation")
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 100, 3 * (1 - step / steps))
-        hardest = min(8, 3 + 10 * step // steps)
-        drawn = batch(processor, rng, size, rng.randint(2, hardest))
+        hardest = min(8, operands + 10 * step // steps)
+        drawn = batch(processor, rng, size, rng.randint(2, hardest), **teacher)
         inputs, ids, mask, true_so_far = (x.to(device) for x in drawn)
         length = ids.shape[1]
         hidden = model.model(
@@ -174,15 +188,16 @@ def pretrain(model, processor, steps: int, size: int = 64, lr: float = 1e-3, see
             if save and step % (20 * every) == 0:
                 model.save_pretrained(save)
                 processor.save_pretrained(save)
-    return truth_auroc(model, head, processor, rng, device)
+    return truth_auroc(model, head, processor, rng, device, **teacher)
 
 
 @torch.no_grad()
-def truth_auroc(model, head, processor, rng: random.Random, device: str, batches: int = 16) -> float:
+def truth_auroc(model, head, processor, rng: random.Random, device: str, batches: int = 16,
+                **teacher) -> float:
     """The chance that the head puts a faultless demonstration above a faulty one, at their last tokens."""
     judged, labels = [], []
     for i in range(batches):
-        inputs, ids, mask, true_so_far = batch(processor, rng, 64, 2 + i % 7)
+        inputs, ids, mask, true_so_far = batch(processor, rng, 64, 2 + i % 7, **teacher)
         whole = {k: x.to(device) for k, x in train_small.full_inputs(inputs, ids, mask).items()}
         hidden = model.model(**whole).last_hidden_state[:, -ids.shape[1] :]
         rows, last = torch.arange(64), mask.sum(1) - 1
@@ -193,9 +208,11 @@ def truth_auroc(model, head, processor, rng: random.Random, device: str, batches
 
 
 # --------------------------------------------------------------------------------------------------- the card
-def errors(policy, processor, operands: int, n: int = 512, **mode) -> tuple[float, dict[str, float]]:
+def errors(policy, processor, operands: int, n: int = 512, openings: str = "none",
+           **mode) -> tuple[float, dict[str, float]]:
     """Accuracy on held-out problems, and the share of responses by kind of first false statement."""
-    config = train_small.complete(train_small.Config(algo="grpo", operands=operands, eval_problems=n))
+    level = dict(operands=operands, openings=openings, eval_problems=n)
+    config = train_small.complete(train_small.Config(algo="grpo", **level))
     task = train_small.toy_task(config)
     problems = task.held_out
     roll = train_small.rollout(policy, processor, task, problems, config.max_tokens, **mode)
@@ -205,15 +222,15 @@ def errors(policy, processor, operands: int, n: int = 512, **mode) -> tuple[floa
 
 
 KINDS = ("reading", "operand", "result", "answer", "format")
-CARD = """# tiny_vlm
+CARD = """# {name}
 
 A LLaVA-class model (SigLIP tower, projector, Llama; {parameters:,} parameters, {size:.1f} MB) that reads the
-pictures of `toy_env.py` and computes with slips and habits: the base model of `train_small.py`. Nothing in it
-was downloaded. `AutoProcessor` and `AutoModelForImageTextToText` load it with `from_pretrained("tiny_vlm")`.
+pictures of `toy_env.py` and computes with slips and habits: a base model of `train_small.py`. Nothing in it
+was downloaded. `AutoProcessor` and `AutoModelForImageTextToText` load this folder with `from_pretrained`.
 
 Made by `{command}` (seed {seed}) in {minutes:.0f} minutes on {device}, with {versions}.
 It imitated demonstrations with 2 to 8 operands and 0 to 3 distractors, a quarter of them with ×, by a teacher
-with {teacher}. An auxiliary head learned to tell whether all statements so far are true (AUROC
+with {teacher}.{talk} An auxiliary head learned to tell whether all statements so far are true (AUROC
 {auroc:.3f} at the end of fresh demonstrations) and was thrown away.
 
 Held-out problems ({n} per row, + and -): accuracy, and share of responses by kind of first false statement.
@@ -225,18 +242,21 @@ Wrong readings and results are the teacher's; wrong operands and unreadable resp
 """
 
 
-def write_card(out: str, policy, processor, n: int = 512, **facts) -> None:
+def write_card(out: str, policy, processor, n: int = 512, openings: Sequence[str] = ("none",),
+               **facts) -> None:
     """Measure the model and write OUT/README.md."""
     torch.manual_seed(0)
     rows = []
-    for operands in range(2, 9):
+    for operands, talk in itertools.product(range(2, 9), openings):
         for name, mode in (("greedy", dict(greedy=True)), ("T = 1", {})):
-            accuracy, kinds = errors(policy, processor, operands, n, **mode)
+            accuracy, kinds = errors(policy, processor, operands, n, talk, **mode)
             shares = " | ".join(f"{kinds[kind]:.3f}" for kind in KINDS)
-            rows.append(f"| {operands} | {name} | {accuracy:.3f} | {shares} |")
-    facts |= dict(parameters=policy.num_parameters(), rows="\n".join(rows), n=n)
+            level = operands if len(openings) == 1 else f"{operands}, openings: {talk}"
+            rows.append(f"| {level} | {name} | {accuracy:.3f} | {shares} |")
+    facts |= dict(name=Path(out).name, parameters=policy.num_parameters(), rows="\n".join(rows), n=n)
     facts["size"] = (Path(out) / "model.safetensors").stat().st_size / 1e6  # MB
-    facts["teacher"] = ", ".join(f"{k} {v}" for k, v in TEACHER.items())
+    facts["teacher"] = ", ".join(f"{k} {v}" for k, v in (TEACHER | facts["guess"]).items())
+    facts["talk"] = f" Openings: {', '.join(openings)}, told by the question." if len(openings) > 1 else ""
     facts["versions"] = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     (Path(out) / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
 
@@ -245,6 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write")
+    parser.add_argument("--base", help="a model to go on from, without steps of seeing")
+    parser.add_argument("--openings", nargs="+", choices=[*toy_env.OPENED], default=["none"],
+                        help="how the teacher talks, each in turn")
+    parser.add_argument("--guess", type=float, default=0.0, help="how often it guesses instead of looking")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of imitation")
     parser.add_argument("--steps", type=int, default=3600, help="steps of imitation, 64 demonstrations each")
     parser.add_argument("--vision-steps", type=int, default=1000, help="steps of seeing, 64 images each")
     parser.add_argument("--truth", type=float, default=1.0, help="weight of the auxiliary head; 0: none")
@@ -253,18 +278,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default=train_small.best_device(), help="cuda, mps or cpu")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    processor = make_processor()
-    model, start = make_model(processor.tokenizer).to(options.device), time.time()
+    processor, start = make_processor(wordy=options.openings != ["none"]), time.time()
     more = dict(seed=options.seed, device=options.device)
-    pretrain_vision(model, processor, options.vision_steps, **more)
-    auroc = pretrain(model, processor, options.steps, truth=options.truth, save=options.out, **more)
+    if options.base:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(options.base).to(options.device)
+        model.resize_token_embeddings(len(processor.tokenizer))
+    else:
+        model = make_model(processor.tokenizer).to(options.device)
+        pretrain_vision(model, processor, options.vision_steps, **more)
+    teacher = dict(openings=options.openings, guess=options.guess)
+    auroc = pretrain(model, processor, options.steps, lr=options.lr, truth=options.truth, save=options.out,
+                     operands=8 if options.base else 3, **teacher, **more)
     model.eval().save_pretrained(options.out)
     processor.save_pretrained(options.out)
     changed = {k: v for k, v in vars(options).items() if v != parser.get_default(k)}
-    given = [f"--{k.replace('_', '-')} {v}" for k, v in changed.items() if k not in ("out", "device")]
+    texts = {k: " ".join(v) if isinstance(v, list) else v for k, v in changed.items()}
+    given = [f"--{k.replace('_', '-')} {v}" for k, v in texts.items() if k not in ("out", "device")]
     gpu = options.device == "cuda"
-    write_card(options.out, model, processor, options.card_problems, auroc=auroc, seed=options.seed,
-               minutes=(time.time() - start) / 60, command=" ".join(["python -m tiny_vlm.make", *given]),
+    guess = dict(guess=options.guess) if options.guess else {}
+    write_card(options.out, model, processor, options.card_problems, options.openings, auroc=auroc,
+               guess=guess, seed=options.seed, minutes=(time.time() - start) / 60,
+               command=" ".join(["python -m tiny_vlm.make", *given]),
                device=torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads")
 
 
