@@ -43,6 +43,7 @@ from PIL import Image, ImageFilter, ImageStat
 from torch import Tensor
 
 TINY = 1e-6
+FORMS = "exp", "role", "standard", "emphasis", "softmax"  # of role_weights
 DTYPES = {"perception": torch.bool, "reasoning": torch.bool, "token_ids": torch.long}
 
 
@@ -178,11 +179,13 @@ def contrast(log_probs: Tensor, other_log_probs: Tensor, mask: Tensor, clamp: fl
 # ------------------------------------------------------------------------------ weights: credit handed around
 def role_weights(contrasts: Tensor, perception: Tensor, reasoning: Tensor, temperature: float = 1.0,
                  clip: float = 0.5, form: str = "exp", sign: Tensor | None = None) -> Tensor:
-    """Weights > 0, with mean 1 over the role tokens of a response and 1 elsewhere. (S3), (S4).
+    """Weights > 0, with mean 1 over the role tokens of a response (but "emphasis"), 1 elsewhere. (S3), (S4).
 
     contrasts (B, T); perception, reasoning, bool (B, T), disjoint. The abstract does not give the map from
     contrasts to weights, so it is a switch: form "exp" is (S4), where `clip` in (0, 1) bounds the weights
-    before they are divided by their mean; "softmax" is the softmax over the role tokens times their number.
+    before they are divided by their mean; "role" divides by the mean of the token's own role, so that neither
+    gives to the other; "standard" standardises the contrasts within each role first; "emphasis" never goes
+    below 1 and divides by nothing; "softmax" is the softmax over the role tokens times their number.
     Sign-free weights punish the most image-dependent tokens of a wrong answer hardest; `sign` (B,), such as
     the advantages, turns s_t - b_i around where it is negative. -> (B, T), fp32, no gradient.
 
@@ -200,22 +203,30 @@ def role_weights(contrasts: Tensor, perception: Tensor, reasoning: Tensor, tempe
         raise ValueError(f"temperature is {temperature}: expected a number above 0")
     if not 0 < clip < 1:
         raise ValueError(f"clip is {clip}: expected a number in (0, 1)")
-    if form not in ("exp", "softmax"):
-        raise ValueError(f"form is {form!r}: expected 'exp' or 'softmax'")
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}: expected one of {', '.join(FORMS)}")
 
     role, contrasts = perception | reasoning, contrasts.detach().float()    # (B, T)
 
-    def role_mean(x):                                                       # over P and R pooled, (B, 1)
-        return x.masked_fill(~role, 0.0).sum(1, keepdim=True) / role.sum(1, keepdim=True).clamp(min=1)
+    def mean(x, on=role):                                                   # over P and R pooled, (B, 1)
+        return x.masked_fill(~on, 0.0).sum(1, keepdim=True) / on.sum(1, keepdim=True).clamp(min=1)
 
-    centred = (contrasts - role_mean(contrasts)) * sign.sign()              # (S3), (B, T)
-    if form == "exp":
-        weights = (centred / temperature).exp().clamp(1 - clip, 1 + clip)   # (S4), (B, T)
-    else:
+    def own_mean(x):                                                        # over the token's role, (B, T)
+        return torch.where(perception, mean(x, perception), mean(x, reasoning))
+
+    if form == "standard":
+        contrasts = contrasts - own_mean(contrasts)
+        contrasts = contrasts / (own_mean(contrasts**2).sqrt() + TINY)
+    centred = (contrasts - mean(contrasts)) * sign.sign()                   # (S3), (B, T)
+    if form == "softmax":
         weights = (centred / temperature).masked_fill(~role, -torch.inf).softmax(1)
         weights = weights.clamp(min=torch.finfo(weights.dtype).eps)         # stays > 0 where exp underflows
+    else:
+        lowest = 1 if form == "emphasis" else 1 - clip
+        weights = (centred / temperature).exp().clamp(lowest, 1 + clip)     # (S4), (B, T)
     # Divided by their mean, the weights hand credit around within the response: none is made, none is lost.
-    weights = weights / role_mean(weights)                                  # (S4), (B, T)
+    if form != "emphasis":
+        weights = weights / (own_mean(weights) if form == "role" else mean(weights))  # (S4), (B, T)
     return weights.masked_fill(~role, 1.0)
 
 

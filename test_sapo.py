@@ -475,24 +475,30 @@ def test_srpo_contrast_and_blank_perception_match_a_loop(d, clamp):
     assert torch.equal(d.token_ids, before) and d.perception.any()
 
 
-@pytest.mark.parametrize("form", ["exp", "softmax"])
+@pytest.mark.parametrize("form", srpo.FORMS)
 @pytest.mark.parametrize("tau, clip, signed", [(1.0, 0.5, False), (0.5, 0.2, True), (3.0, 0.9, False)])
 def test_srpo_role_weights_match_a_loop(d, form, tau, clip, signed):
     want = []
     for all_s, p, r, a in zip(*(x.tolist() for x in (d.contrasts, d.perception, d.reasoning, d.sign))):
         role = [x or y for x, y in zip(p, r)]
         s, direction = [x for x, u in zip(all_s, role) if u], (a > 0) - (a < 0) if signed else 1
+        at = [x for x, u in zip(p, role) if u]                            # True: perception, False: reasoning
+        if form == "standard":
+            both = {y: [x for x, z in zip(s, at) if z == y] for y in set(at)}
+            s = [(x - mean(both[y])) / (statistics.pstdev(both[y]) + 1e-6) for x, y in zip(s, at)]
         e = [math.exp(direction * (x - mean(s)) / tau) for x in s]
-        if form == "exp":
-            e = [max(1 - clip, min(1 + clip, x)) for x in e]
-        w = iter([x / mean(e) for x in e])
+        if form != "softmax":
+            e = [max(1 if form == "emphasis" else 1 - clip, min(1 + clip, x)) for x in e]
+        of_role = {y: mean([x for x, z in zip(e, at) if z == y]) for y in set(at)}
+        divisor = [of_role[y] if form == "role" else 1 if form == "emphasis" else mean(e) for y in at]
+        w = iter([x / y for x, y in zip(e, divisor)])
         want.append([next(w) if u else 1.0 for u in role])
     sign = d.sign if signed else None
     same(srpo.role_weights(d.contrasts, d.perception, d.reasoning, tau, clip, form, sign), torch.tensor(want))
     assert (d.perception & d.mask).any() and (d.reasoning & d.mask).any()
 
 
-@pytest.mark.parametrize("form", ["exp", "softmax"])
+@pytest.mark.parametrize("form", srpo.FORMS)
 def test_srpo_weights_of_equal_and_of_extreme_contrasts(d, form):
     weigh = lambda x, **options: srpo.role_weights(x, d.perception, d.reasoning, form=form, **options)
     for constant in (0.0, 2.5):                                           # without a contrast this is GRPO
@@ -548,7 +554,7 @@ def public(module):
 CASES = {f.__name__: (f, lambda d: {}) for f in public(sapo) + public(srpo)} | {
     "segment_gae last": (sapo.segment_gae, lambda d: dict(value_at="last")),
     "value_loss unclipped": (sapo.value_loss, lambda d: dict(clip=None, old_values=None)),
-    "role_weights softmax": (srpo.role_weights, lambda d: dict(form="softmax")),
+    **{f"role_weights {x}": (srpo.role_weights, lambda d, x=x: dict(form=x)) for x in srpo.FORMS[1:]},
     "srpo_advantages": (srpo.srpo_advantages, lambda d: dict(advantages=d.sign)),
     "grpo_loss (B,)": (srpo.grpo_loss, lambda d: dict(advantages=d.sign)),
 }
@@ -807,7 +813,7 @@ ERRORS = [(name, {argument: bad}, f"{argument} is {bad}: expected {what}")
     ("corrupt_image", dict(kind="fog"), "kind is 'fog': expected 'patches', 'noise', 'blur' or 'blank'"),
     ("corrupt_image", dict(image=Image.new("P", (4, 4))), "image.mode is 'P': expected RGB, L or RGBA"),
     ("role_weights", dict(reasoning=ZERO == 0), "reasoning is True at [2, "),
-    ("role_weights", dict(form="tanh"), "form is 'tanh': expected 'exp' or 'softmax'"),
+    ("role_weights", dict(form="tanh"), "form is 'tanh': expected one of exp, role, "),
     ("srpo_advantages", dict(advantages=ZERO), "advantages.shape is [7, 13]: expected (B,), [7]"),
     ("srpo_advantages", dict(weights=ZERO[:, 0]), "weights.shape is [7]: expected (B, T)"),
     ("grpo_loss", dict(ref_log_probs=None, kl_coef=0.1), "ref_log_probs is None: expected log-pro"),

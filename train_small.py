@@ -42,6 +42,7 @@ from toy_env import Problem
 
 HERE = Path(__file__).resolve().parent
 TINY_VLM = str(HERE / "tiny_vlm")
+WORDY = str(HERE / "tiny_vlm" / "wordy")  # the same model, after it learned to talk
 INSTRUCTION = (
     "Read the numbers of all cells in reading order inside <perception></perception>, compute from left to "
     "right, one line per operation, inside <think></think>, and give the final number inside "
@@ -91,15 +92,18 @@ class Config:
     ratio: Literal["segment", "token"] = HfArg(default="segment", help="SAPO's importance ratio (Table 2)")
     value_at: Literal["start", "last"] = HfArg(default="start", help="V is read before it (official: last)")
     whiten: bool = HfArg(default=False, help="whiten the critic methods' advantages (official code)")
-    contrast: Literal["blank", "blind"] = HfArg(default="blank", help="SRPO: blank the text, hide the image")
+    contrast: Literal["blank", "masked", "blind"] = HfArg(default="blank", help="SRPO: the readings are "
+                                                          "blanked, masked; no image either")
+    weights: Literal[srpo.FORMS] = HfArg(default="exp", help="SRPO: how contrasts become weights")
     corruption: Literal["patches", "noise", "blur", "blank"] = HfArg(default="patches", help="of images")
     sign_aware: bool = HfArg(default=False, help="SRPO: turn weights around where the advantage is negative")
     operands: int = HfArg(default=4, help="toy world: numbers in a question, 2 to 8 (the studies: 6)")
     distractors: int = HfArg(default=0, help="toy world: cells that the question does not use")
     operators: str = HfArg(default="+-", help="toy world: any of +-×")
     prior: float = HfArg(default=0.0, help="toy world: share of training questions that tell the answer")
+    openings: Literal[tuple(toy_env.OPENED)] = HfArg(default="none", help="toy world: idle words")
     max_tokens: int | None = HfArg(default=None, help="longest response (paper: 2048; tiny_vlm: by operands)")
-    model: str = HfArg(default=TINY_VLM, help="folder or hub name for from_pretrained")
+    model: str | None = HfArg(default=None, help="folder or hub name for from_pretrained (tiny_vlm)")
     dataset: str | None = HfArg(default=None, help="folder or name for load_dataset: image, question, answer")
     eval_every: int = HfArg(default=10, help="iterations between evaluations")
     eval_problems: int = HfArg(default=256, help="held-out problems per evaluation")
@@ -129,10 +133,12 @@ def complete(config: Config) -> Config:
     work is done."""
     if config.algo not in ALGORITHMS:
         raise ValueError(f"algo is {config.algo!r}: expected one of {', '.join(ALGORITHMS)}")
+    if config.model is None:
+        config = replace(config, model=TINY_VLM if config.openings == "none" else WORDY)
     defaults = dict(clip_low=0.2, clip_high=0.2, lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048,
                     micro_batch=2)
     defaults |= ALGORITHMS[config.algo] | dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
-    if Path(config.model).resolve() == Path(TINY_VLM):  # tuned on it; lambda for about a dozen segments
+    if str(Path(config.model).resolve()) in (TINY_VLM, WORDY):  # tuned on them; lambda for a dozen segments
         defaults |= dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, max_tokens=16 * config.operands + 40)
         defaults |= dict(micro_batch=0) | (dict(lam=0.9) if config.algo == "sapo" else {})
     for name in ("lam", "lam_returns"):
@@ -214,7 +220,8 @@ def banned_ids(policy) -> list[int]:
 
 
 def difficulty(config: Config) -> dict:
-    return dict(operands=config.operands, distractors=config.distractors, operators=config.operators)
+    return dict(operands=config.operands, distractors=config.distractors, operators=config.operators,
+                openings=config.openings)
 
 
 class Task(NamedTuple):
@@ -463,16 +470,21 @@ def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored
     perception, reasoning = srpo.split_roles(roll.pieces, mask)
     blanked = srpo.blank_perception(ids, perception, policy.generation_config.pad_token_id)
 
-    def without(inputs, seen):
+    def without(inputs, seen, mask):
         other = [score(policy, take(inputs, rows, banned_ids(policy)), ids[rows], mask[rows],
                        config.temperature, seen[rows])[0] for rows in parts(len(ids), config.micro_batch)]
-        return srpo.contrast(scored.log_probs, torch.cat(other), mask)  # (B, T)
+        return srpo.contrast(scored.log_probs, torch.cat(other), roll.mask)  # (B, T)
 
-    on_image = without(corrupted, ids)
-    on_perception = without(roll.inputs, blanked) if config.contrast == "blank" else -on_image
+    on_image = without(corrupted, ids, mask)
+    if config.contrast == "blind":
+        on_perception = -on_image
+    elif config.contrast == "blank":
+        on_perception = without(roll.inputs, blanked, mask)
+    else:
+        on_perception = without(roll.inputs, ids, mask & ~perception)
     sign = advantages if config.sign_aware else None
     contrasts = torch.where(perception, on_image, on_perception)
-    return srpo.role_weights(contrasts, perception, reasoning, sign=sign)
+    return srpo.role_weights(contrasts, perception, reasoning, form=config.weights, sign=sign)
 
 
 def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: Credit,

@@ -159,6 +159,7 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     whiten=(True, "sapo.whiten", len),
     prior=(0.5, DRAW, lambda calls: [sum(x["prior"] == 0.5 and x["split"] == split for x in calls) > 30
                                      for split in ("train", "eval")] == [True, False]),
+    openings=("few", DRAW, lambda calls: {x["openings"] for x in calls} == {"few"}),
     max_tokens=(7, GENERATE, lambda calls: {x["generation_config"].max_new_tokens for x in calls} == {7}),
     model=("copy", "transformers.AutoProcessor.from_pretrained", lambda calls: "copy" in calls[0].values()),
     eval_every=(2, "train_small.evaluate", lambda calls: len(calls) == 3),  # before, after 2 and after 3
@@ -170,6 +171,7 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     algo=("srpo", "srpo.role_weights", len),
     kl_coef=(0.05, GRPO), clip_low=(0.1, GRPO), clip_high=(0.3, GRPO), temperature=(0.9, GENERATE, sampled),
     contrast=("blind", "srpo.contrast", lambda calls: len(calls) == 2),  # one in each iteration, not two
+    weights=("role", "srpo.role_weights", lambda calls: all(x["form"] == "role" for x in calls)),
     corruption=("noise", "srpo.corrupt_image", corrupted),
     sign_aware=(True, "srpo.role_weights", lambda calls: all(x["sign"].numel() for x in calls)),
 ), dict(
@@ -230,7 +232,7 @@ def test_eos_is_trained_on_and_truncation_is_flagged(pad, start):  # pitfalls 6,
 @torch.no_grad()
 @pytest.mark.parametrize("model", ["mini", "tiny"])
 def test_scores_are_those_of_prefixes_without_padding(mini, model):  # pitfalls 2, 6, 7, 8, 9
-    s = iteration(small(mini if model == "mini" else Config.model, temperature=0.7, micro_batch=3))
+    s = iteration(small(mini if model == "mini" else train_small.TINY_VLM, temperature=0.7, micro_batch=3))
     eos = s.processor.tokenizer.eos_token_id
     s.processor.tokenizer.pad_token, s.policy.generation_config.pad_token_id = "<eos>", eos
     problems = [toy_env.make_problem(i, operands=2 + 3 * (i % 2)) for i in range(8 if model == "mini" else 2)]
@@ -401,7 +403,8 @@ def test_credit_of_groups_is_constant_in_a_response(mini, algo):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(contrast="blind"), dict(sign_aware=True, micro_batch=3)])
+@pytest.mark.parametrize("changes", [{}, dict(contrast="blind"), dict(contrast="masked"),
+                                     dict(sign_aware=True, micro_batch=3)])
 def test_srpo_weighs_tokens_by_what_the_policy_loses(mini, changes):
     changes |= dict(algo="srpo", temperature=0.7, corruption="blank")
     config, roll, _, outcome, lengths = case(mini, **changes)
@@ -424,7 +427,10 @@ def test_srpo_weighs_tokens_by_what_the_policy_loses(mini, changes):
             else:
                 L = other["input_ids"].shape[1] - t
                 hidden = [L + u for u in range(t) if role.get(u) == "perception"]
-                other["input_ids"][0, hidden] = processor.tokenizer.pad_token_id
+                if config.contrast == "masked":
+                    other["attention_mask"][0, hidden] = 0
+                else:
+                    other["input_ids"][0, hidden] = processor.tokenizer.pad_token_id
             lost = next_log_probs(policy, seen, 0.7) - next_log_probs(policy, other, 0.7)
             contrasts[t] = float(lost[roll.ids[i, t]]) * (-1 if role[t] == "think" and blind else 1)
         baseline, sign = fmean(contrasts.values()), math.copysign(1, A) if config.sign_aware else 1
