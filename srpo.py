@@ -43,7 +43,7 @@ from PIL import Image, ImageFilter, ImageStat
 from torch import Tensor
 
 TINY = 1e-6
-FORMS = "exp", "role", "standard", "emphasis", "softmax"  # of role_weights
+FORMS = "exp", "role", "standard", "emphasis"  # of role_weights
 DTYPES = {"perception": torch.bool, "reasoning": torch.bool, "token_ids": torch.long}
 
 
@@ -185,7 +185,7 @@ def role_weights(contrasts: Tensor, perception: Tensor, reasoning: Tensor, tempe
     contrasts to weights, so it is a switch: form "exp" is (S4), where `clip` in (0, 1) bounds the weights
     before they are divided by their mean; "role" divides by the mean of the token's own role, so that neither
     gives to the other; "standard" standardises the contrasts within each role first; "emphasis" never goes
-    below 1 and divides by nothing; "softmax" is the softmax over the role tokens times their number.
+    below 1 and divides by nothing.
     Sign-free weights punish the most image-dependent tokens of a wrong answer hardest; `sign` (B,), such as
     the advantages, turns s_t - b_i around where it is negative. -> (B, T), fp32, no gradient.
 
@@ -218,12 +218,8 @@ def role_weights(contrasts: Tensor, perception: Tensor, reasoning: Tensor, tempe
         contrasts = contrasts - own_mean(contrasts)
         contrasts = contrasts / (own_mean(contrasts**2).sqrt() + TINY)
     centred = (contrasts - mean(contrasts)) * sign.sign()                   # (S3), (B, T)
-    if form == "softmax":
-        weights = (centred / temperature).masked_fill(~role, -torch.inf).softmax(1)
-        weights = weights.clamp(min=torch.finfo(weights.dtype).eps)         # stays > 0 where exp underflows
-    else:
-        lowest = 1 if form == "emphasis" else 1 - clip
-        weights = (centred / temperature).exp().clamp(lowest, 1 + clip)     # (S4), (B, T)
+    lowest = 1 if form == "emphasis" else 1 - clip
+    weights = (centred / temperature).exp().clamp(lowest, 1 + clip)         # (S4), (B, T)
     # Divided by their mean, the weights hand credit around within the response: none is made, none is lost.
     if form != "emphasis":
         weights = weights / (own_mean(weights) if form == "role" else mean(weights))  # (S4), (B, T)

@@ -487,8 +487,7 @@ def test_srpo_role_weights_match_a_loop(d, form, tau, clip, signed):
             both = {y: [x for x, z in zip(s, at) if z == y] for y in set(at)}
             s = [(x - mean(both[y])) / (statistics.pstdev(both[y]) + 1e-6) for x, y in zip(s, at)]
         e = [math.exp(direction * (x - mean(s)) / tau) for x in s]
-        if form != "softmax":
-            e = [max(1 if form == "emphasis" else 1 - clip, min(1 + clip, x)) for x in e]
+        e = [max(1 if form == "emphasis" else 1 - clip, min(1 + clip, x)) for x in e]
         of_role = {y: mean([x for x, z in zip(e, at) if z == y]) for y in set(at)}
         divisor = [of_role[y] if form == "role" else 1 if form == "emphasis" else mean(e) for y in at]
         w = iter([x / y for x, y in zip(e, divisor)])

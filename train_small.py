@@ -135,10 +135,13 @@ def complete(config: Config) -> Config:
         raise ValueError(f"algo is {config.algo!r}: expected one of {', '.join(ALGORITHMS)}")
     if config.model is None:
         config = replace(config, model=TINY_VLM if config.openings == "none" else WORDY)
+    own = str(Path(config.model).resolve())
+    if own == TINY_VLM and config.openings != "none":
+        raise ValueError(f"model is {config.model!r}: expected {WORDY}, which knows the openings")
     defaults = dict(clip_low=0.2, clip_high=0.2, lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048,
                     micro_batch=2)
     defaults |= ALGORITHMS[config.algo] | dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
-    if str(Path(config.model).resolve()) in (TINY_VLM, WORDY):  # tuned on them; lambda for a dozen segments
+    if own in (TINY_VLM, WORDY):  # tuned on them; lambda for a dozen segments
         defaults |= dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, max_tokens=16 * config.operands + 40)
         defaults |= dict(micro_batch=0) | (dict(lam=0.9) if config.algo == "sapo" else {})
     for name in ("lam", "lam_returns"):

@@ -366,11 +366,12 @@ BAD = [
         "gamma": "2 nan", "lam": "7 -0.1", "lam-returns": "7", "kl-coef": "-1 nan", "clip-low": "2 nan",
         "clip-high": "-1", "top-percent": "0 200 nan", "max-tokens": "0 1", "operands": "1 9",
         "distractors": "-1 9", "prior": "2 nan", "operators": "/", "algo": "nonsense", "segments": "word",
-        "device": "cuda:99 nonsense", "corruption": "fog", "out": "README.md", "resume": "nowhere",
+        "device": "cuda:99 nonsense", "corruption": "fog", "openings": "all", "weights": "no",
+        "out": "README.md", "resume": "nowhere",
         "model": "./nowhere README.md", "dataset": "./nowhere", "nonsense": "1",
     }.items() for value in values.split()),
     ["--algo=gspo", "--kl-coef=5"], ["--algo=grpo", "--lam=7"], ["--algo=grpo", "--responses=20"],
-    ["--operands=6", "--operators=×", "--prior=0.03"],
+    ["--operands=6", "--operators=×", "--prior=0.03"], ["--openings=few", f"--model={train_small.TINY_VLM}"],
 ]
 
 

@@ -661,6 +661,9 @@ def test_command_line(monkeypatch, capsys):
     some = train_small.parse_arguments("--algo srpo --lr 1e-3 --whiten --kl-coef 0 --max-tokens 9".split())
     assert some == Config(algo="srpo", lr=1e-3, whiten=True, kl_coef=0.0, max_tokens=9)
     assert train_small.complete(some).kl_coef == 0  # 0 is not None
+    for openings, model in (("none", train_small.TINY_VLM), ("few", train_small.WORDY)):
+        config = train_small.complete(Config(openings=openings))
+        assert (config.model, config.lr, config.lam, config.max_tokens) == (model, 1.6e-4, 0.9, 104)
 
 
 def test_the_shipped_model_learns(tmp_path, monkeypatch, capsys):
