@@ -12,19 +12,22 @@ its sign stays. Read from top to bottom; of these lines all but the last run onc
 
     advantages = group_advantages(outcome, group_size)                                       (S1), GRPO's
     perception, reasoning = split_roles(pieces, mask)                                        P and R
-    blanked = blank_perception(token_ids, perception, blank_id); corrupted = corrupt_image(image)
-    contrasts = contrast(old_log_probs, other_log_probs, mask)                               (S2), P and R
+    on_image = contrast(old_log_probs, log_probs_of_corrupted_image, mask)                   corrupt_image
+    contrasts = torch.where(perception, on_image, -on_image)                                 (S2), P and R
     weights = role_weights(contrasts, perception, reasoning)                                 (S3), (S4)
     advantages = srpo_advantages(advantages, weights)                                        (S5)
     loss, metrics = grpo_loss(log_probs, old_log_probs, advantages, mask)                    (S6), GRPO's
 
     (S1)  A_i = (outcome_i - mean) / (std + tiny)                  over the group that shares a prompt
-    (S2)  s_t = log p(y_t | x, image) - log p(y_t | x, corrupted image)                     t in P
-          s_t = log p(y_t | x, image, perception) - log p(y_t | x, image, blanked)          t in R
+    (S2)  s_t = log p(y_t | x, image) - log p(y_t | x, corrupted image)   on P; its negative on R ("blind")
     (S3)  b_i = mean of s_t over P and R pooled: one baseline for both roles of a response
     (S4)  w_t = clamp(exp((s_t - b_i) / temperature), 1 - clip, 1 + clip) / its mean over P and R; 1 elsewhere
     (S5)  A_t = A_i [(1 - alpha) + alpha w_t]
     (S6)  loss = -mean_i mean_t min(ratio A_t, clamp(ratio, 1 - clip_low, 1 + clip_high) A_t) + kl_coef KL
+
+What the abstract leaves open is a switch, measured in results/README.md. As above SRPO is level with GRPO, and
+no better at making a model look that guesses. With `sign` it does that, and costs accuracy where nothing is
+guessed. The contrast of reasoning with the perception blanked or masked, and the other FORMS, gave no more.
 
 B responses, T tokens. Tensors are (B, T) over *response* tokens unless a docstring says other. `mask` is 1 on
 response tokens, 0 on the padding to their right, without holes; a row of 0s counts nothing. `outcome` (B,) is
@@ -43,7 +46,7 @@ from PIL import Image, ImageFilter, ImageStat
 from torch import Tensor
 
 TINY = 1e-6
-FORMS = "exp", "role", "standard", "emphasis"  # of role_weights
+FORMS = "exp", "role", "standard", "emphasis"
 DTYPES = {"perception": torch.bool, "reasoning": torch.bool, "token_ids": torch.long}
 
 
@@ -163,9 +166,7 @@ def blank_perception(token_ids: Tensor, perception: Tensor, blank_id: int) -> Te
 def contrast(log_probs: Tensor, other_log_probs: Tensor, mask: Tensor, clamp: float = 5.0) -> Tensor:
     """Log-ratio of the same tokens in two contexts, clamped to +-clamp. (S2).
 
-    Both (B, T) of the policy that sampled the tokens, dropout off. -> (B, T), 0 on padding, no gradient. A
-    token that does not need the evidence has 0. A "blind" contrast of reasoning, one forward pass fewer: that
-    of the corrupted image, with its sign turned.
+    Both (B, T) of the policy that sampled the tokens, dropout off. -> (B, T), 0 on padding, no gradient.
 
     >>> contrast(torch.tensor([[-0.25, -1.0]]), torch.tensor([[-2.25, -9.0]]), torch.ones(1, 2)).tolist()
     [[2.0, 5.0]]
@@ -181,13 +182,11 @@ def role_weights(contrasts: Tensor, perception: Tensor, reasoning: Tensor, tempe
                  clip: float = 0.5, form: str = "exp", sign: Tensor | None = None) -> Tensor:
     """Weights > 0, with mean 1 over the role tokens of a response (but "emphasis"), 1 elsewhere. (S3), (S4).
 
-    contrasts (B, T); perception, reasoning, bool (B, T), disjoint. The abstract does not give the map from
-    contrasts to weights, so it is a switch: form "exp" is (S4), where `clip` in (0, 1) bounds the weights
-    before they are divided by their mean; "role" divides by the mean of the token's own role, so that neither
-    gives to the other; "standard" standardises the contrasts within each role first; "emphasis" never goes
-    below 1 and divides by nothing.
-    Sign-free weights punish the most image-dependent tokens of a wrong answer hardest; `sign` (B,), such as
-    the advantages, turns s_t - b_i around where it is negative. -> (B, T), fp32, no gradient.
+    contrasts (B, T); perception, reasoning, bool (B, T), disjoint. Form "exp" is (S4); "role" divides by the
+    mean of the token's own role; "standard" standardises the contrasts within each role first; "emphasis"
+    never goes below 1 and divides by nothing. Sign-free weights punish the most image-dependent tokens of a
+    wrong answer hardest; `sign` (B,), such as the advantages, turns s_t - b_i around where it is negative.
+    temperature > 0; `clip` in (0, 1) bounds before the division. -> (B, T), fp32, no gradient.
 
     >>> P, R = torch.tensor([[True, True, False, False]]), torch.tensor([[False, False, True, False]])
     >>> role_weights(torch.tensor([[3.0, -3.0, 0.0, 9.0]]), P, R).tolist()
@@ -199,30 +198,23 @@ def role_weights(contrasts: Tensor, perception: Tensor, reasoning: Tensor, tempe
                        ("contrasts", contrasts, reasoning & ~contrasts.isfinite(), "a finite number"),
                        ("sign", sign, reasoning & ~sign.isfinite(), "a finite number")],
            perception=perception, reasoning=reasoning, contrasts=contrasts, sign=sign)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: expected a number above 0")
-    if not 0 < clip < 1:
-        raise ValueError(f"clip is {clip}: expected a number in (0, 1)")
-    if form not in FORMS:
-        raise ValueError(f"form is {form!r}: expected one of {', '.join(FORMS)}")
-
+    for name, x, fine, expected in (("temperature", temperature, temperature > 0, "a number above 0"),
+                                    ("clip", clip, 0 < clip < 1, "a number in (0, 1)"),
+                                    ("form", form, form in FORMS, f"one of {', '.join(FORMS)}")):
+        if not fine:
+            raise ValueError(f"{name} is {x!r}: expected {expected}")
     role, contrasts = perception | reasoning, contrasts.detach().float()    # (B, T)
-
-    def mean(x, on=role):                                                   # over P and R pooled, (B, 1)
-        return x.masked_fill(~on, 0.0).sum(1, keepdim=True) / on.sum(1, keepdim=True).clamp(min=1)
-
-    def own_mean(x):                                                        # over the token's role, (B, T)
-        return torch.where(perception, mean(x, perception), mean(x, reasoning))
-
+    total = lambda x, on: x.masked_fill(~on, 0.0).sum(1, keepdim=True)      # (B, 1)
+    mean = lambda x, on=role: total(x, on) / on.sum(1, keepdim=True).clamp(min=1)  # of P and R pooled, (B, 1)
+    own_mean = lambda x: torch.where(perception, mean(x, perception), mean(x, reasoning))  # of a role, (B, T)
     if form == "standard":
         contrasts = contrasts - own_mean(contrasts)
         contrasts = contrasts / (own_mean(contrasts**2).sqrt() + TINY)
     centred = (contrasts - mean(contrasts)) * sign.sign()                   # (S3), (B, T)
     lowest = 1 if form == "emphasis" else 1 - clip
     weights = (centred / temperature).exp().clamp(lowest, 1 + clip)         # (S4), (B, T)
-    # Divided by their mean, the weights hand credit around within the response: none is made, none is lost.
-    if form != "emphasis":
-        weights = weights / (own_mean(weights) if form == "role" else mean(weights))  # (S4), (B, T)
+    divisor = {"role": own_mean, "emphasis": torch.ones_like}.get(form, mean)(weights)
+    weights = weights / divisor                  # (S4): credit is handed around, none is made, none is lost
     return weights.masked_fill(~role, 1.0)
 
 

@@ -2,8 +2,7 @@
 
 An oracle is a loop in plain Python, an enumeration or a derivative by hand; never the code's own output.
 Three parts: SAPO, SRPO, and what holds for every function of both (padding, empty rows, half precision, bad
-input): there, `batch` names its tensors as the functions name their arguments. The numbered pitfalls are 23
-ways in which PPO and GRPO for language models go wrong; here are those of the maths. Copy it with the two.
+input). The numbered pitfalls are 23 ways in which such code goes wrong. Copy it with the two.
 """
 
 import copy
@@ -469,10 +468,8 @@ def test_srpo_contrast_and_blank_perception_match_a_loop(d, clamp):
             for row in rows(d.mask, 9 * d.log_probs, 3 * d.other_log_probs)]
     same(srpo.contrast(9 * d.log_probs, 3 * d.other_log_probs, d.mask, clamp), pad(want), 1e-6)
     assert min(map(min, want)) == -clamp and max(map(max, want)) == clamp
-    before = d.token_ids.clone()
-    want = [[7 if x else i for i, x in zip(*row)] for row in zip(before.tolist(), d.perception.tolist())]
-    assert srpo.blank_perception(d.token_ids, d.perception, 7).tolist() == want
-    assert torch.equal(d.token_ids, before) and d.perception.any()
+    want = [[7 if x else i for i, x in zip(*row)] for row in zip(d.token_ids.tolist(), d.perception.tolist())]
+    assert srpo.blank_perception(d.token_ids, d.perception, 7).tolist() == want and d.perception.any()
 
 
 @pytest.mark.parametrize("form", srpo.FORMS)
@@ -481,20 +478,18 @@ def test_srpo_role_weights_match_a_loop(d, form, tau, clip, signed):
     want = []
     for all_s, p, r, a in zip(*(x.tolist() for x in (d.contrasts, d.perception, d.reasoning, d.sign))):
         role = [x or y for x, y in zip(p, r)]
-        s, direction = [x for x, u in zip(all_s, role) if u], (a > 0) - (a < 0) if signed else 1
-        at = [x for x, u in zip(p, role) if u]                            # True: perception, False: reasoning
+        s, at = ([x for x, u in zip(xs, role) if u] for xs in (all_s, p))  # at: is it perception?
+        direction = (a > 0) - (a < 0) if signed else 1
+        own = lambda xs: [[x for x, z in zip(xs, at) if z == y] for y in at]  # all of the token's role
         if form == "standard":
-            both = {y: [x for x, z in zip(s, at) if z == y] for y in set(at)}
-            s = [(x - mean(both[y])) / (statistics.pstdev(both[y]) + 1e-6) for x, y in zip(s, at)]
-        e = [math.exp(direction * (x - mean(s)) / tau) for x in s]
-        e = [max(1 if form == "emphasis" else 1 - clip, min(1 + clip, x)) for x in e]
-        of_role = {y: mean([x for x, z in zip(e, at) if z == y]) for y in set(at)}
-        divisor = [of_role[y] if form == "role" else 1 if form == "emphasis" else mean(e) for y in at]
-        w = iter([x / y for x, y in zip(e, divisor)])
+            s = [(x - mean(xs)) / (statistics.pstdev(xs) + 1e-6) for x, xs in zip(s, own(s))]
+        low, high = 1 if form == "emphasis" else 1 - clip, 1 + clip
+        e = [max(low, min(high, math.exp(direction * (x - mean(s)) / tau))) for x in s]
+        over = dict(role=own(e), emphasis=[[1]] * len(e)).get(form, [e] * len(e))
+        w = iter([x / mean(xs) for x, xs in zip(e, over)])
         want.append([next(w) if u else 1.0 for u in role])
     sign = d.sign if signed else None
     same(srpo.role_weights(d.contrasts, d.perception, d.reasoning, tau, clip, form, sign), torch.tensor(want))
-    assert (d.perception & d.mask).any() and (d.reasoning & d.mask).any()
 
 
 @pytest.mark.parametrize("form", srpo.FORMS)
@@ -502,8 +497,8 @@ def test_srpo_weights_of_equal_and_of_extreme_contrasts(d, form):
     weigh = lambda x, **options: srpo.role_weights(x, d.perception, d.reasoning, form=form, **options)
     for constant in (0.0, 2.5):                                           # without a contrast this is GRPO
         same(weigh(torch.full_like(d.contrasts, constant)), torch.ones_like(d.contrasts), 1e-6)
-    extreme = weigh(1e4 * d.contrasts, temperature=1e-3)                  # exp overflows, exp underflows
-    assert extreme.isfinite().all() and (extreme > 0).all()
+    w = weigh(1e4 * d.contrasts, temperature=1e-3)                        # exp overflows, exp underflows
+    assert ((0 < w) & (w < INF)).all()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

@@ -92,8 +92,8 @@ class Config:
     ratio: Literal["segment", "token"] = HfArg(default="segment", help="SAPO's importance ratio (Table 2)")
     value_at: Literal["start", "last"] = HfArg(default="start", help="V is read before it (official: last)")
     whiten: bool = HfArg(default=False, help="whiten the critic methods' advantages (official code)")
-    contrast: Literal["blank", "masked", "blind"] = HfArg(default="blank", help="SRPO: the readings are "
-                                                          "blanked, masked; no image either")
+    contrast: Literal["blind", "blank", "masked"] = HfArg(default="blind", help="SRPO: of reasoning: the "
+                                                          "image's, or readings blanked or masked")
     weights: Literal[srpo.FORMS] = HfArg(default="exp", help="SRPO: how contrasts become weights")
     corruption: Literal["patches", "noise", "blur", "blank"] = HfArg(default="patches", help="of images")
     sign_aware: bool = HfArg(default=False, help="SRPO: turn weights around where the advantage is negative")
@@ -463,7 +463,7 @@ def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scor
 @torch.no_grad()
 def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored,
                 advantages: Tensor) -> Tensor:
-    """SRPO's weights (B, T): the policy scores its tokens again, without image and without perception."""
+    """SRPO's weights (B, T): the policy scores its tokens again, without image or without perception."""
     ids, mask = roll.ids, roll.mask
     seed = int(torch.randint(2**31, ()))  # other patches in each iteration
     images = [srpo.corrupt_image(p.image, config.corruption, patch=PATCH, seed=seed + i)
@@ -471,7 +471,6 @@ def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored
     questions = [p.question for p in roll.problems]
     corrupted = encode(processor, roll.task.instruction, images, questions, ids.device)
     perception, reasoning = srpo.split_roles(roll.pieces, mask)
-    blanked = srpo.blank_perception(ids, perception, policy.generation_config.pad_token_id)
 
     def without(inputs, seen, mask):
         other = [score(policy, take(inputs, rows, banned_ids(policy)), ids[rows], mask[rows],
@@ -482,7 +481,8 @@ def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored
     if config.contrast == "blind":
         on_perception = -on_image
     elif config.contrast == "blank":
-        on_perception = without(roll.inputs, blanked, mask)
+        pad = policy.generation_config.pad_token_id
+        on_perception = without(roll.inputs, srpo.blank_perception(ids, perception, pad), mask)
     else:
         on_perception = without(roll.inputs, ids, mask & ~perception)
     sign = advantages if config.sign_aware else None

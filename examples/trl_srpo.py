@@ -40,13 +40,11 @@ class SRPOTrainer(GRPOTrainer):
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)         # (B, T); srpo.py refuses holes
         pieces = [[tokenizer.decode([i], skip_special_tokens=True) for i in row] for row in ids.tolist()]
         perception, reasoning = srpo.split_roles(pieces, mask)
-        blanked = srpo.blank_perception(ids, perception, tokenizer.pad_token_id)
         pixels = {"pixel_values": self.corrupted_pixels(rows).to(batch["pixel_values"])}
         had = "old_per_token_logps" in batch                                # not where steps are aligned
         old = batch["old_per_token_logps"] if had else self.log_probs(batch, ids)  # (B, T)
-        on_image = srpo.contrast(old, self.log_probs(batch | pixels, ids), mask)  # (S2), P
-        on_perception = srpo.contrast(old, self.log_probs(batch, blanked), mask)  # (S2), R
-        contrasts = torch.where(perception, on_image, on_perception)
+        on_image = srpo.contrast(old, self.log_probs(batch | pixels, ids), mask)  # (B, T)
+        contrasts = torch.where(perception, on_image, -on_image)            # (S2)
         weights = srpo.role_weights(contrasts, perception, reasoning)       # (S3), (S4), (B, T)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, role in ("perception", perception), ("reasoning", reasoning):

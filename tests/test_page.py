@@ -23,7 +23,7 @@ PAGE = study.HERE / "credit.html"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KNOBS = {"ends": ["entropy", "newline", "step", "probability", "token", "once"], "k": range(1, 101),
          "lam": [i / 100 for i in range(101)], "gamma": [i / 100 for i in range(101)],
-         "value_at": ["start", "last"], "contrast": ["on_perception", "-on_image"],
+         "value_at": ["start", "last"], "contrast": ["-on_image", "on_perception"],
          "clip": [i / 20 for i in range(1, 20)], "temperature": [i / 20 for i in range(5, 81)]}
 
 

@@ -170,7 +170,7 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
 ), dict(
     algo=("srpo", "srpo.role_weights", len),
     kl_coef=(0.05, GRPO), clip_low=(0.1, GRPO), clip_high=(0.3, GRPO), temperature=(0.9, GENERATE, sampled),
-    contrast=("blind", "srpo.contrast", lambda calls: len(calls) == 2),  # one in each iteration, not two
+    contrast=("blank", "srpo.contrast", lambda calls: len(calls) == 4),  # two in each iteration, not one
     weights=("role", "srpo.role_weights", lambda calls: all(x["form"] == "role" for x in calls)),
     corruption=("noise", "srpo.corrupt_image", corrupted),
     sign_aware=(True, "srpo.role_weights", lambda calls: all(x["sign"].numel() for x in calls)),
@@ -344,7 +344,8 @@ def test_special_tokens_are_the_models_or_tokenizers(mini, monkeypatch, tmp_path
     transformers.GenerationConfig(eos_token_id=saved).save_pretrained(folder)
     blanks, blank = [], srpo.blank_perception
     monkeypatch.setattr(srpo, "blank_perception", lambda ids, at, by: blanks.append(by) or blank(ids, at, by))
-    s = iteration(small(folder, algo="srpo", responses=64, max_tokens=30), torch.arange(64) % 2.0)
+    s = iteration(small(folder, algo="srpo", contrast="blank", responses=64, max_tokens=30),
+                  torch.arange(64) % 2.0)
     known = s.policy.generation_config
     assert (known.eos_token_id, known.pad_token_id, blanks) == (eos, pad, [pad])
     for ids, mask, truncated in zip(s.roll.ids, s.roll.mask, s.roll.truncated):
@@ -403,7 +404,7 @@ def test_credit_of_groups_is_constant_in_a_response(mini, algo):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(contrast="blind"), dict(contrast="masked"),
+@pytest.mark.parametrize("changes", [{}, dict(contrast="blank"), dict(contrast="masked"),
                                      dict(sign_aware=True, micro_batch=3)])
 def test_srpo_weighs_tokens_by_what_the_policy_loses(mini, changes):
     changes |= dict(algo="srpo", temperature=0.7, corruption="blank")
