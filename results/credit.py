@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -95,17 +94,9 @@ def value_errors(points: list, name: str) -> dict:
                 value_ev=float(1 - residual / spread))
 
 
-def digits(roll: train_small.Rollout) -> Iterator[tuple]:
-    """(row, token, kind of statement) of each token with a digit that is a part of a statement."""
-    for row, (problem, text, pieces) in enumerate(zip(roll.problems, roll.texts, roll.pieces)):
-        for s in toy_env.statements(problem, text):
-            yield from ((row, t, (s.kind, s.true)) for t in toy_env.tokens_of(s, pieces)
-                        if any(c.isdigit() for c in pieces[t]))
-
-
 def quality_of_ends(roll: train_small.Rollout, ends: torch.Tensor) -> dict:
     """Precision and recall of the ends at digits of readings and results; a response's last end is given."""
-    decisions = {(row, t) for row, t, (kind, _) in digits(roll) if kind in ("reading", "result")}
+    decisions = study.decisions(roll)
     chosen = set(map(tuple, (ends & ~sapo.ends_once(roll.mask)).nonzero().tolist()))
     hits = len(chosen & decisions)
     return dict(precision=hits / max(1, len(chosen)), recall=hits / max(1, len(decisions)))
@@ -122,7 +113,7 @@ def random_ends(ends: torch.Tensor, mask: torch.Tensor, rng: torch.Generator) ->
 def weights_by_kind(roll: train_small.Rollout, weights: torch.Tensor) -> dict:
     """SRPO's mean weight on the digits of readings, of operands (copied) and of results (computed)."""
     weights = weights.tolist()
-    found = study.gather((kind, weights[row][t]) for row, t, kind in digits(roll))
+    found = study.gather((kind, weights[row][t]) for row, t, kind in study.digits(roll))
     return {name: fmean(found[kind]) for name, kind in KINDS.items() if kind in found}
 
 
@@ -200,8 +191,8 @@ def credit_by_method(config, policy, processor, roll, scored: dict, outcome) -> 
         return train_small.weigh_roles(replace(config, **variant), policy, processor, roll, same, group)
 
     weights = {contrast: weigh(contrast=contrast) for contrast in ("blank", "blind")}
-    group_weights = {"grpo": roll.mask.float(), "srpo": weights["blank"], "srpo, blind": weights["blind"],
-                     "srpo, sign-aware": weigh(sign_aware=True)}
+    group_weights = {"grpo": roll.mask.float(), "srpo": weights["blind"], "srpo, blank": weights["blank"],
+                     "srpo, blank, sign-aware": weigh(contrast="blank", sign_aware=True)}
     advantages = {name: srpo.srpo_advantages(group, w) for name, w in group_weights.items()}
     for name, its in scored.items():
         own = settings_of(name, asdict(config) | dict(lam=None, kl_coef=0.0))  # the outcome alone

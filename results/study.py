@@ -11,14 +11,16 @@ import argparse
 import csv
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 import torch
@@ -26,21 +28,39 @@ import transformers
 from matplotlib.figure import Figure
 
 import sapo
+import toy_env
 import train_small
 
 HERE = Path(__file__).parent
 
 # The setting of the studies: a chain long enough, and few enough responses, that nothing saturates.
 SETTING = dict(operands=6, iterations=40, eval_every=40)
+TUNING = (100, 101)  # the seeds that decide λ and rates in the world that talks; seeds 0 to 4 are reported
+LAMBDAS = (0.8, 0.9, 0.95, 0.99, 1.0)
+TALK = dict(openings="many")
+REPORT = TALK | dict(eval_problems=1024)
 OFF_POLICY = dict(responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2)
+SEGMENT = dict(ratio="segment")  # said where Table 2's ablation is made
 RATES = (8e-5, 1.6e-4, 3.2e-4)  # tried for each method on seed 0 (study rates); the best by accuracy_paper:
 BEST = {"grpo": 1.6e-4, "gspo": 3.2e-4, "ppo": 1.6e-4, "vc-ppo": 1.6e-4, "sapo": 1.6e-4, "srpo": 1.6e-4}
-UNTAUGHT = "runs/no-truth"  # made by: python -m tiny_vlm.make --truth 0 --out runs/no-truth
+OWN_LAMBDA = {"sapo": 0.9, "ppo": 0.95, "vc-ppo": 0.99}  # train_small.py's, in the world that does not talk
+TUNED = {"grpo": {}, "gspo": {}, "srpo": {}, "ppo": dict(lam=0.95), "vc-ppo": dict(lam=0.99),
+         "sapo": dict(lam=0.9)}  # in the world that talks: the same, until study wordy-lambda is whole
+SAID = {"sapo": dict(value_at="start"), "srpo": dict(contrast="blind")}
+WORDY = "tiny_vlm/wordy"  # the model of all worlds that are compared
+UNTAUGHT, GUESSER = "runs/no-truth", "runs/guesser"
+MADE = {UNTAUGHT: "python -m tiny_vlm.make --truth 0 --out " + UNTAUGHT,
+        GUESSER: "python -m tiny_vlm.make --base tiny_vlm --steps 800 --lr 7e-4 --guess 0.6 --out " + GUESSER}
+GUESS = dict(model=GUESSER, prior=0.6, operands=4)
+UNCERTAIN = 0.1  # nats: a token with more could have been another
+STUDENT = {4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 % of t, by seeds
+X_LABELS = {"": "responses", "idle": "share of the uncertain tokens that decide nothing"}
 QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of entropy, for lift
 
 ACCURACY = ("accuracy_sampled", "accuracy_greedy", "accuracy_paper", "faithful_sampled")
 AT_THE_END = ("accuracy_sampled", "accuracy_paper", "faithful_sampled")
 CRITIC = ("explained_variance_last", "blame_auroc")
+BASE = ("idle", "precision", "recall", "chance")  # of the base model
 GROUNDED = ("perception_sampled", "lucky")
 RATIO = ("mean_ratio_deviation", "max_ratio_deviation", "clip_fraction")
 
@@ -48,34 +68,53 @@ RATIO = ("mean_ratio_deviation", "max_ratio_deviation", "clip_fraction")
 def setting(algo: str, **options) -> dict:
     """The options of a run. One at its default is left out, so that studies which vary others share the run.
 
-    SAPO's always say where V is read, since the paper and its authors' code differ there.
+    SAPO's always say where V is read, since the paper and its authors' code differ there; SRPO's, which
+    contrast. λ is never left to chance in the world that talks, and nothing is for a model of MADE:
+    train_small.py would give it the paper's values.
     """
-    base = dict(SETTING, algo=algo, lr=BEST[algo]) | (dict(value_at="start") if algo == "sapo" else {})
+    base = dict(SETTING, algo=algo, lr=BEST[algo]) | SAID.get(algo, {})
+    if "openings" in options:
+        base |= TUNED[algo]
+    if options.get("model") in MADE:
+        base |= dict(max_tokens=16 * options.get("operands", SETTING["operands"]) + 40, micro_batch=0)
+        if algo in OWN_LAMBDA:
+            base |= dict(lam=OWN_LAMBDA[algo], critic_lr=5e-5, head_lr=2e-3)
     return base | {k: v for k, v in options.items() if k in base or v != getattr(train_small.Config, k)}
+
+
+VARIANTS = {  # of SRPO; sign-aware, the blind contrast with three maps to weights
+    **{contrast: dict(contrast=contrast) for contrast in ("blind", "blank", "masked")},
+    **{f"blind, {form}": dict(weights=form) for form in ("role", "standard", "emphasis")},
+    "blind, sign-aware": dict(sign_aware=True), "blank, sign-aware": dict(contrast="blank", sign_aware=True),
+    **{f"blind, {form}, sign-aware": dict(weights=form, sign_aware=True) for form in ("role", "emphasis")}}
 
 
 class Study(NamedTuple):
     question: str
     runs: dict  # label → options of train_small.py
-    seeds: int = 5
+    seeds: Sequence[int] = range(5)
     columns: tuple = (*ACCURACY, "responses_to_80", *CRITIC)  # of the table
     curves: tuple = ("reward", *CRITIC, "entropy")  # of the picture
-    against: str = ""  # the option on the picture's x axis; "": the number of responses, over a training
+    pairs: tuple = ()  # (label, label): the first minus the second, seed by seed
+    against: str = ""  # x of the picture: an option; "": responses, over a training; "idle": pairs over that
 
 
 STUDIES = {
     "rates": Study("The learning rates tried for each method, on one seed", {
-        f"{a}, {1e4 * lr:g}e-4": setting(a, lr=lr) for a in BEST for lr in RATES}, seeds=1),
+        f"{a}, {1e4 * lr:g}e-4": setting(a, lr=lr) for a in BEST for lr in RATES}, seeds=range(1)),
     "table1": Study("SAPO Table 1: six methods on equally many responses, each at its best learning rate", {
-        **{a: setting(a) for a in BEST}, "sapo, V at last": setting("sapo", value_at="last")}),
+        **{a: setting(a) for a in BEST}, "sapo, V at last": setting("sapo", value_at="last")},
+        pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"))),
     "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses", {
         **{ratio: setting("sapo", **OFF_POLICY) | dict(ratio=ratio) for ratio in ("token", "segment")},
         **{a: setting(a, **OFF_POLICY) for a in ("ppo", "grpo")}},
-        columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy")),
+        columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
+        pairs=tuple(("segment", other) for other in ("token", "ppo", "grpo"))),
     "table3": Study("SAPO Table 3: where segments end", {
-        s: setting("sapo", segments=s) for s in train_small.SEGMENTS}),
+        s: setting("sapo", segments=s) for s in train_small.SEGMENTS},
+        pairs=tuple(("entropy", other) for other in train_small.SEGMENTS[1:])),
     "table3-last": Study("The same with V before a segment's last token, where the official code reads it", {
-        s: setting("sapo", segments=s, value_at="last") for s in train_small.SEGMENTS}, seeds=2),
+        s: setting("sapo", segments=s, value_at="last") for s in train_small.SEGMENTS}, seeds=range(2)),
     "figure3": Study("SAPO Fig. 3: lift of large value jumps at high entropy, by quantile (Eq. 12)", {
         a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
         columns=tuple(f"lift_{q}" for q in QUANTILES), curves=("lift_0.7", "lift_0.9", "lift_0.95")),
@@ -88,22 +127,67 @@ STUDIES = {
         columns=("entropy", "response_length"), curves=("entropy", "response_length")),
     "horizon": Study("Longer chains: does the gain grow with the horizon?", {
         f"{a}, {n} operands": setting(a, operands=n) for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")},
-        seeds=3, curves=AT_THE_END, against="operands"),
+        seeds=range(3), curves=AT_THE_END, against="operands",
+        pairs=tuple((f"sapo, {n} operands", f"grpo, {n} operands") for n in (2, 4, 6, 8))),
     "critic": Study("Where V is read, and lambda", {
         **{f"{at}, lambda 0.9": setting("sapo", value_at=at) for at in ("start", "last")},
-        **{f"start, lambda {x}": setting("sapo", lam=x) for x in (0.8, 0.95, 0.99, 1.0)}}, seeds=3),
+        **{f"start, lambda {x}": setting("sapo", lam=x) for x in (0.8, 0.95, 0.99, 1.0)}}, seeds=range(3)),
     "features": Study("A critic without features: a tiny_vlm that was never taught what is true", {
         **{a: setting(a, model=UNTAUGHT) for a in ("grpo", "ppo", "vc-ppo")},
         "sapo, lambda 0.9": setting("sapo", model=UNTAUGHT),
-        "sapo, lambda 0.99": setting("sapo", model=UNTAUGHT, lam=0.99)}, seeds=3),
+        "sapo, lambda 0.99": setting("sapo", model=UNTAUGHT, lam=0.99)}, seeds=range(3),
+        pairs=(("sapo, lambda 0.9", "ppo"), *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")))),
     "srpo": Study("SRPO's open choices", {
-        **{a: setting(a) for a in ("grpo", "srpo")}, "blind": setting("srpo", contrast="blind"),
-        "sign-aware": setting("srpo", sign_aware=True),
-        **{c: setting("srpo", corruption=c) for c in ("noise", "blank")}},
-        columns=(*ACCURACY, *GROUNDED, "responses_to_80"), curves=("reward", "entropy")),
-    "grounding": Study("Grounding: the question alone tells the answer, in 60 % of training only", {
-        f"{a}{', prior 0.6' * (p > 0)}": setting(a, prior=p) for p in (0.0, 0.6) for a in ("grpo", "srpo")},
-        columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy")),
+        **{a: setting(a) for a in ("grpo", "srpo")}, "blank": setting("srpo", contrast="blank"),
+        "blank, sign-aware": setting("srpo", contrast="blank", sign_aware=True),
+        **{f"blank, {c} image": setting("srpo", contrast="blank", corruption=c) for c in ("noise", "blank")}},
+        columns=(*ACCURACY, *GROUNDED, "responses_to_80"), curves=("reward", "entropy"),
+        pairs=tuple((variant, "grpo") for variant in ("srpo", "blank", "blank, sign-aware"))),
+    "srpo-forms": Study("SRPO: contrasts, and weights of them, on seeds of their own", {
+        "grpo": setting("grpo"), **{label: setting("srpo", **form) for label, form in VARIANTS.items()}},
+        seeds=TUNING, columns=(*ACCURACY, *GROUNDED, "responses_to_80"), curves=("reward", "entropy")),
+    "guessing": Study("A base model that guesses; the guess is right in 60 % of training, then never", {
+        **{a: setting(a, **GUESS) for a in ("grpo", "srpo")},
+        "srpo, sign-aware": setting("srpo", **GUESS, sign_aware=True),
+        **{a: setting(a, **GUESS) for a in ("ppo", "sapo")}},
+        columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy"),
+        pairs=tuple((a, "grpo") for a in ("srpo", "srpo, sign-aware", "sapo"))),
+    "guessing-forms": Study("The same: SRPO's contrasts and weights, on seeds of their own", {
+        "grpo": setting("grpo", **GUESS), "grpo, 3.2e-4": setting("grpo", **GUESS, lr=3.2e-4),
+        **{label: setting("srpo", **GUESS, **form) for label, form in VARIANTS.items()}},
+        seeds=TUNING, columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy")),
+    "lambda": Study("The λ tried for each method with a critic, on seeds of their own", {
+        f"{a}, lambda {x}": setting(a, **{} if x == own else dict(lam=x))
+        for a, own in OWN_LAMBDA.items() for x in LAMBDAS}, seeds=TUNING,
+        curves=(*AT_THE_END, "blame_auroc"), against="lam"),
+    "wordy-lambda": Study("A world that talks: the λ tried for each method with a critic", {
+        f"{a}, lambda {x}": setting(a, **TALK, lam=x) for a in OWN_LAMBDA for x in LAMBDAS},
+        seeds=TUNING, curves=(*AT_THE_END, "blame_auroc"), against="lam"),
+    "wording": Study("Three ways to talk: what is uncertain, and what of it decides, before any training", {
+        kind: setting("grpo", openings=kind, model=model, iterations=1)
+        for kind, model in zip(toy_env.OPENED, (WORDY, None, None))},
+        seeds=range(3), columns=(*BASE, "entropy", "response_length"), curves=("idle", "recall")),
+    "openings": Study("SAPO minus PPO: when do segments pay?", {
+        f"{a}, {policy}, {kind}": setting(a, **how, **more) | (SEGMENT if a == "sapo" and how else {})
+        for policy, how in (("on-policy", {}), ("off-policy", OFF_POLICY))
+        for kind, more in (("none", {}), ("few", REPORT | dict(openings="few")), ("many", REPORT))
+        for a in ("ppo", "sapo")}, columns=(*ACCURACY, "responses_to_80"), against="idle",
+        curves=("accuracy_sampled", "accuracy_greedy", "faithful_sampled"),
+        pairs=tuple((f"sapo, {policy}, {kind}", f"ppo, {policy}, {kind}")
+                    for policy in ("on-policy", "off-policy") for kind in toy_env.OPENED)),
+    "wordy-table1": Study("SAPO Table 1 in a world that talks", {
+        **{a: setting(a, **REPORT) for a in ("grpo", "ppo", "sapo", "srpo")},
+        "ppo, lambda 0.9": setting("ppo", **REPORT, lam=0.9),
+        "sapo, lambda 0.99": setting("sapo", **REPORT, lam=0.99)},
+        columns=(*ACCURACY, "perception_sampled", "responses_to_80", *CRITIC),
+        pairs=(("sapo", "ppo"), ("sapo", "grpo"), ("sapo", "ppo, lambda 0.9"), ("srpo", "grpo"))),
+    "wordy-table2": Study("SAPO Table 2 in a world that talks: 32 updates on 512 responses", {
+        **{x: setting("sapo", **REPORT, **OFF_POLICY) | dict(ratio=x) for x in ("token", "segment")},
+        **{a: setting(a, **REPORT, **OFF_POLICY) for a in ("ppo", "grpo")},
+        "segment, half the rate": setting("sapo", **REPORT, **OFF_POLICY, lr=8e-5) | SEGMENT,
+        "ppo, half the rate": setting("ppo", **REPORT, **OFF_POLICY, lr=8e-5)},
+        columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
+        pairs=(("segment", "token"), ("segment", "ppo"))),
 }
 
 
@@ -122,13 +206,14 @@ def path_of(options: dict, kind: str = "") -> Path:
 
 
 def kept(jobs: Sequence[dict], make: Callable, workers: int = 1, kind: str = "") -> list[dict]:
-    """What is kept for each job (options). Where that is nothing yet, `make(options)` makes it first."""
+    """What is kept for each job (options). Where that is nothing yet, `make(options)` makes it first; with no
+    workers, it is left out."""
     paths = [path_of(options, kind) for options in jobs]
     missing = [(make, options, path) for options, path in zip(jobs, paths) if not path.exists()]
-    if missing:
+    if missing and workers:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             pool.starmap(keep, missing, chunksize=1)
-    return [json.loads(path.read_text()) for path in paths]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def keep(make: Callable, options: dict, path: Path) -> None:
@@ -140,23 +225,56 @@ def keep(make: Callable, options: dict, path: Path) -> None:
 
 def train_once(options: dict) -> dict:
     """One training: a row for the table, and the history for curves."""
-    if options.get("model") == UNTAUGHT and not Path(UNTAUGHT).exists():
-        raise FileNotFoundError(f"{UNTAUGHT} is missing: python -m tiny_vlm.make --truth 0 --out {UNTAUGHT}")
+    if (model := options.get("model")) in MADE and not Path(model).exists():
+        raise FileNotFoundError(f"{model} is missing: {MADE[model]}")
     start = time.time()
     with tempfile.TemporaryDirectory() as out:
-        *_, history, _ = train_small.train(train_small.Config(**options, out=out), lifts)
+        run = train_small.prepare(train_small.Config(**options, out=out))
+        history, (_, after) = train_small.learn(run, look)
     row = dict(command=command(options), seed=options["seed"], seconds=round(time.time() - start),
                torch=torch.__version__, transformers=transformers.__version__)
+    greedy = train_small.rollout(run.policy, run.processor, run.task, run.task.held_out,
+                                 run.config.max_tokens, greedy=True).texts
+    row |= dict(errors_sampled=errors(run.task, after), errors_greedy=errors(run.task, greedy))
     history = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in history]
     return dict(row=summarise(history) | row, history=history)
 
 
-def lifts(i, policy, critic, roll, scored, credit) -> dict:
-    """Eq. 12 at several quantiles of entropy, on the iteration's own rollout."""
-    def lift(q):
-        return sapo.lift(scored.entropy, scored.values, roll.mask, quantile=q, resamples=1)[0]
+def errors(task: train_small.Task, texts: list[str]) -> dict[str, float]:
+    """Of the responses to the held-out problems the share that goes wrong first in a statement of a kind."""
+    wrong = [toy_env.false_statements(p, text) for p, text in zip(task.held_out, texts)
+             if task.reward(p, text) < 1]
+    kinds = Counter(next((s.kind for s in false if s.consequential), "none") for false in wrong)
+    return {kind: round(n / len(texts), 4) for kind, n in sorted(kinds.items())}
 
-    return {f"lift_{q}": lift(q) for q in QUANTILES} if critic else {}
+
+def look(i, policy, critic, roll, scored, credit) -> dict:
+    """Logged in each iteration, of its own rollout: of the uncertain tokens the share that decides nothing;
+    precision and recall of SAPO's ends at decisions, and the precision of chance; and Eq. 12 at several
+    quantiles of entropy."""
+    places = lambda marked: set(map(tuple, (marked & roll.mask).nonzero().tolist()))
+    uncertain, decide = places(scored.entropy > UNCERTAIN), decisions(roll)
+    ends = places(sapo.ends_by_entropy(scored.entropy, roll.mask) & ~sapo.ends_once(roll.mask))
+    share = lambda part, whole: len(part) / max(1, len(whole))
+    found = dict(idle=share(uncertain - decide, uncertain), precision=share(ends & decide, ends),
+                 recall=share(ends & decide, decide), chance=share(decide, places(roll.mask)))
+    if critic:
+        its = (scored.entropy, scored.values, roll.mask)
+        found |= {f"lift_{q}": sapo.lift(*its, quantile=q, resamples=1)[0] for q in QUANTILES}
+    return found
+
+
+def digits(roll: train_small.Rollout) -> Iterator[tuple]:
+    """(row, token, kind of statement) of each token with a digit that is a part of a statement."""
+    for row, (problem, text, pieces) in enumerate(zip(roll.problems, roll.texts, roll.pieces)):
+        for s in toy_env.statements(problem, text):
+            yield from ((row, t, (s.kind, s.true)) for t in toy_env.tokens_of(s, pieces)
+                        if any(c.isdigit() for c in pieces[t]))
+
+
+def decisions(roll: train_small.Rollout) -> set[tuple]:
+    """(row, token) of the digits of readings and results: all else is copied, or said one way or another."""
+    return {(row, t) for row, t, (kind, _) in digits(roll) if kind in ("reading", "result")}
 
 
 def summarise(history: list[dict]) -> dict:
@@ -165,6 +283,7 @@ def summarise(history: list[dict]) -> dict:
     first, last = history[0], history[-1]
     row = {k: last[k] for k in first if k not in ("iteration", "responses", "seconds")}
     row |= {f"{k}_base": first[k] for k in row}
+    row |= {k: history[1][k] for k in BASE if k in history[1]}
     row["lucky"] = last["accuracy_sampled"] - last["faithful_sampled"]
     if "value_loss" in last:
         passed = next((i for i, r in enumerate(history) if r.get("reward", 0) > 0.85), len(history))
@@ -185,10 +304,10 @@ def mean_of(history: list[dict], name: str) -> float | None:
 
 def runs_of(name: str, workers: int = 1, seeds: int = 0) -> dict:
     """label → a study's runs, one for each seed."""
-    seeds = range(seeds or STUDIES[name].seeds)
+    seeds = STUDIES[name].seeds[: seeds or None]
     jobs = [(label, dict(options, seed=s)) for label, options in STUDIES[name].runs.items() for s in seeds]
-    labels, options = zip(*jobs)
-    return gather(zip(labels, kept(options, train_once, workers)))
+    runs = {path_of(run["options"]): run for run in kept([its for _, its in jobs], train_once, workers)}
+    return gather((label, runs.get(path_of(its))) for label, its in jobs)
 
 
 def gather(pairs: Iterable[tuple]) -> dict:
@@ -245,8 +364,33 @@ def cell(values: Sequence[float | None]) -> str:
 def table(name: str, rows: list[dict]) -> str:
     """A study's table in Markdown; Table 1 begins with the base model."""
     base = {column: rows[0][f"{column}_base"] for column in ACCURACY}
-    rows = [dict(base, label="base", seed=0), *rows] if name == "table1" else rows
-    return markdown(f"results.study {name}", rows, STUDIES[name].columns)
+    rows = [dict(base, label="base", seed=0), *rows] if name in ("table1", "wordy-table1") else rows
+    lines = [markdown(f"results.study {name}", rows, STUDIES[name].columns)]
+    for pair in STUDIES[name].pairs:
+        its = [[r for r in rows if r["label"] == label] for label in pair]
+        cells = [difference(paired(*its, column)) for column in STUDIES[name].columns]
+        if set(cells) != {"–"}:
+            lines.append(f"| {' − '.join(pair)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def paired(ours: list[dict], theirs: list[dict], column: str) -> list[float]:
+    """Ours minus theirs on each seed that both have, if all have the column."""
+    theirs = {row["seed"]: row.get(column) for row in theirs}
+    both = [(row.get(column), theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
+    return [] if any(None in pair for pair in both) else [a - b for a, b in both]
+
+
+def difference(differences: list[float]) -> str:
+    """Their mean with its 95 % interval by Student's t, or min–max of up to three."""
+    if not differences:
+        return "–"
+    n, digits = len(differences), 0 if max(map(abs, differences)) > 30 else 3
+    mean, low, high = fmean(differences), min(differences), max(differences)
+    if n > 3:
+        half = STUDENT[n] * stdev(differences) / n**0.5
+        low, high = mean - half, mean + half
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def markdown(typed: str, rows: list[dict], columns: Sequence[str]) -> str:
@@ -256,8 +400,10 @@ def markdown(typed: str, rows: list[dict], columns: Sequence[str]) -> str:
     lines = [f"`python -m {typed}`, {spread.get(seeds, f'{seeds} seeds: mean (95 % interval)')}.", "",
              "| | " + " | ".join(columns).replace("_", " ") + " |", "|---" * (len(columns) + 1) + "|"]
     for label in dict.fromkeys(r["label"] for r in rows):
-        cells = [cell([r.get(column) for r in rows if r["label"] == label]) for column in columns]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        its = [r for r in rows if r["label"] == label]
+        fewer = f" ({len(its)} of {seeds} seeds)" if len(its) < seeds and label != "base" else ""
+        cells = [cell([r.get(column) for r in its]) for column in columns]
+        lines.append(f"| {label}{fewer} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -292,23 +438,43 @@ def lines(name: str, runs: dict) -> dict:
         return {metric: {label: gather((row["responses"], row.get(metric))
                                        for run in mine for row in run["history"])
                          for label, mine in runs.items()} for metric in metrics}
+    if against == "idle":
+        idle = {kind: fmean(run["row"]["idle"] for run in its) for kind, its in runs_of("wording", 0).items()}
+        gains = {}
+        for metric, pair in itertools.product(metrics, STUDIES[name].pairs):
+            _, policy, kind = pair[0].split(", ")
+            ours, theirs = ([run["row"] for run in runs.get(label, [])] for label in pair)
+            if differences := paired(ours, theirs, metric):
+                gains.setdefault(metric, {}).setdefault(policy, {})[idle[kind]] = differences
+        return gains
     by_algo = gather((run["options"]["algo"], run) for mine in runs.values() for run in mine)
-    return {metric: {algo: gather((getattr(train_small.Config(**run["options"]), against), run["row"][metric])
-                                  for run in mine) for algo, mine in by_algo.items()} for metric in metrics}
+    at = lambda run: getattr(train_small.complete(train_small.Config(**run["options"])), against)
+    return {metric: {algo: gather((at(run), run["row"][metric]) for run in mine)
+                     for algo, mine in by_algo.items()} for metric in metrics}
 
 
 def draw(name: str, panels: dict) -> None:
     """A study's picture, from its lines: means over seeds, with their intervals shaded."""
+    against = STUDIES[name].against
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (metric, its) in zip(axes, panels.items()):
         for i, (label, points) in enumerate(its.items()):
-            if points:
+            if against == "idle":  # each seed by itself, as one may be far away
+                seeds = [(x, y) for x, ys in points.items() for y in ys]
+                axis.plot(*zip(*seeds), "o", color=f"C{i}", alpha=0.6)
+                axis.plot(sorted(points), [median(points[x]) for x in sorted(points)], color=f"C{i}",
+                          label=f"{label}, median")
+            elif points:
                 middle, low, high = zip(*(interval(points[at]) for at in sorted(points)))
                 axis.plot(sorted(points), middle, color=f"C{i}", label=label)
                 axis.fill_between(sorted(points), low, high, color=f"C{i}", alpha=0.15, lw=0)
+        if against == "idle":
+            axis.set_yscale("symlog", linthresh=0.1)
+            axis.set_yticks([-1, -0.1, 0, 0.1], ["-1", "-0.1", "0", "0.1"])
+            axis.axhline(0, color="black", lw=0.8)
         axis.set_title(metric.replace("_", " "), fontsize=10)
-        axis.set_xlabel(STUDIES[name].against.replace("_", " ") or "responses")
+        axis.set_xlabel(X_LABELS.get(against, against.replace("_", " ")))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.suptitle(STUDIES[name].question, fontsize=11)
@@ -318,8 +484,8 @@ def draw(name: str, panels: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=[*STUDIES, "all"])
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side, one core each")
-    parser.add_argument("--seeds", type=int, default=0, help="other than the study's own number")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side, one core each; 0: none")
+    parser.add_argument("--seeds", type=int, default=0, help="the first few alone")
     options = parser.parse_args()
     for name in STUDIES if options.name == "all" else [options.name]:
         print(study(name, options.workers, options.seeds), end="\n\n")

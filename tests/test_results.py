@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import math
 import re
 import statistics
 
@@ -38,16 +39,19 @@ def test_arrows_run_one_way():
 # ------------------------------------------------------------------------------------------ what is committed
 @pytest.fixture
 def no_training(monkeypatch):
-    """Every committed run must be found: a missing one would ask for a pool of processes."""
+    """A missing run would ask for a pool of processes."""
     monkeypatch.setattr(study, "multiprocessing", None)
 
 
 def test_runs_are_named_by_their_options_and_a_row_is_what_its_history_gives():
-    paths = sorted((study.HERE / "runs").iterdir())
-    assert len(paths) == 200 and all(len(path.name) <= 60 for path in paths)
+    paths, asked = sorted((study.HERE / "runs").iterdir()), {
+        study.path_of(dict(options, seed=seed)) for its in study.STUDIES.values()
+        for options in its.runs.values() for seed in its.seeds}
+    assert len(paths) >= 200 and all(len(path.name) <= 60 for path in paths)
     for path in paths:
         run = json.loads(path.read_text())
         kind = "credit" if "points" in run else ""
+        assert kind or path in asked, path.name
         assert path == study.path_of(run["options"], kind), path.name
         if not kind:
             assert run["row"]["command"] == study.command(run["options"])
@@ -56,7 +60,7 @@ def test_runs_are_named_by_their_options_and_a_row_is_what_its_history_gives():
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_csvs_and_tables_are_what_the_committed_runs_give(name, no_training):
-    rows = study.rows_of(name, study.runs_of(name))
+    rows = study.rows_of(name, study.runs_of(name, workers=0))
     committed = (study.HERE / f"{name}.csv").read_bytes().decode()
     assert study.as_csv(rows) == committed
     readme = (study.HERE / "README.md").read_text(encoding="utf-8")
@@ -74,7 +78,8 @@ def test_credit_csv_and_tables_are_what_the_committed_runs_give(no_training):
 
 
 def test_each_method_runs_at_its_best_rate(no_training):
-    runs = {label: run["row"]["accuracy_paper"] for label, (run,) in study.runs_of("rates").items()}
+    runs = {label: (run["row"]["accuracy_paper"], run["row"]["accuracy_sampled"])
+            for label, (run,) in study.runs_of("rates").items()}
     for algo, best in study.BEST.items():
         mine = {label: x for label, x in runs.items() if label.startswith(f"{algo}, ")}
         assert len(mine) == len(study.RATES) and max(mine, key=mine.get) == f"{algo}, {1e4 * best:g}e-4"
@@ -115,8 +120,62 @@ def test_cells_intervals_and_tables():
     for seeds, spread in spreads.items():
         table = study.markdown("x", [dict(label="l", seed=i, a_b=0.1) for i in range(seeds)], ["a_b", "c"])
         assert table == f"`python -m x`, {spread}.\n\n| | a b | c |\n|---|---|---|\n| l | 0.100 | – |"
+    rows = [dict(label=label, seed=i) for label, seeds in (("k", range(3)), ("l", (0, 2))) for i in seeds]
+    assert study.markdown("x", rows, ["a"]).endswith("| k | – |\n| l (2 of 3 seeds) | – |")
     text = "a\n<!-- table x -->\nold\n<!-- end -->\nb <!-- table y -->\n<!-- end -->"
     assert study.with_tables(text, {"x": "new"}) == text.replace("old", "new")
+
+
+def test_differences_are_paired_by_seed(monkeypatch):
+    ours, theirs = [0.9, 0.8, 0.85, 0.95, 0.7], [0.8, 0.75, 0.9, 0.9, 0.6]
+    differences = [0.1, 0.05, -0.05, 0.05, 0.1]
+    half = 2.776445 * statistics.stdev(differences) / 5**0.5  # t of four degrees of freedom
+    runs = lambda its: [dict(seed=i, a=x) for i, x in enumerate(its)]
+    assert study.paired(runs(ours), runs(theirs)[::-1], "a") == pytest.approx(differences)
+    assert study.paired(runs([0.5, None]), runs([0.1, 0.2]), "a") == [] == study.paired(runs([0.5]), [], "a")
+    assert study.difference(differences) == f"+0.050 ({0.05 - half:+.3f} to {0.05 + half:+.3f})"
+    assert study.difference(differences[:3]) == "+0.033 (-0.050 to +0.100)"  # of three: min–max
+    assert study.difference([500, -500]) == "+0 (-500 to +500)" and study.difference([]) == "–"
+    its = study.Study("?", {}, columns=("a",), pairs=(("x", "y"),))
+    monkeypatch.setitem(study.STUDIES, "s", its)
+    base = {f"{column}_base": 0.0 for column in study.ACCURACY}
+    rows = [dict(base, label=label, seed=i, a=a) for label, i, a in (
+        ("x", 0, 0.5), ("x", 1, 0.7), ("y", 1, 0.4), ("y", 0, 0.1), ("y", 2, 0.9))]
+    assert study.table("s", rows).splitlines()[-1] == "| x − y | +0.350 (+0.300 to +0.400) |"
+
+
+def test_gains_are_drawn_over_the_share_that_decides_nothing(monkeypatch):
+    its, shares = study.STUDIES["openings"], dict(none=0.1, few=0.3, many=0.5)
+    base = {kind: [dict(row=dict(idle=x + y)) for y in (-0.02, 0.02)] for kind, x in shares.items()}
+    monkeypatch.setattr(study, "runs_of", lambda name, workers: {"wording": base}[name])
+    runs = {label: [dict(row=dict.fromkeys(its.curves, i + (0.5 * seed if "sapo" in label else 0))
+                         | dict(seed=seed)) for seed in range(2)]
+            for i, label in enumerate(its.runs)}
+    del runs["sapo, on-policy, few"]
+    panels = study.lines("openings", runs)
+    assert list(panels) == list(its.curves)
+    for panel in panels.values():
+        assert {policy: {round(x, 4): y for x, y in line.items()} for policy, line in panel.items()} == {
+            "on-policy": dict.fromkeys((0.1, 0.5), [1, 1.5]),
+            "off-policy": dict.fromkeys((0.1, 0.3, 0.5), [1, 1.5])}
+
+
+def test_t_is_students():
+    for n, t in study.STUDENT.items():  # the density's integral, by Simpson's rule
+        density = lambda x: (1 + x * x / (n - 1)) ** (-n / 2)
+        norm = math.gamma(n / 2) / math.gamma((n - 1) / 2) / (math.pi * (n - 1)) ** 0.5
+        steps = [(1 if i in (0, 1000) else 4 if i % 2 else 2) * density(t * i / 1000) for i in range(1001)]
+        assert norm * sum(steps) * t / 3000 == pytest.approx(0.475, abs=1e-4), n
+
+
+def test_a_study_without_workers_shows_what_is_kept(tmp_path, monkeypatch, no_training):
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    (tmp_path / "runs").mkdir()
+    for seed in (0, 3):
+        options = dict(study.setting("grpo"), seed=seed)
+        study.path_of(options).write_text(json.dumps(dict(options=options, row=dict(seed=seed))))
+    runs = study.runs_of("table1", workers=0)
+    assert {label: [run["row"]["seed"] for run in its] for label, its in runs.items()} == {"grpo": [0, 3]}
 
 
 def test_a_critic_is_summed_up_while_there_is_something_to_explain():
@@ -179,6 +238,26 @@ def test_blame_points_at_the_false_statement(slipped):
     assert found["top1_statements"] == 0
     right = roll._replace(texts=[roll.texts[0].replace("= 6", "= 5").replace("> 6 <", "> 5 <")])
     assert credit.blame(right, advantages) == (0, {})  # a right response
+
+
+def test_what_decides_nothing_and_what_goes_wrong(slipped):
+    roll, at = slipped
+    decide = {at[k] for k in ("red", "blue", "green", "tens", "ones", "result")}
+    assert study.decisions(roll) == {(0, t) for t in decide}
+    n, entropy = len(roll.pieces[0]), torch.full(roll.mask.shape, 0.1)  # no more than UNCERTAIN
+    entropy[0, [at["red"], at["ones"], at["c"], at["answer"], 0]] = 0.11
+    found = study.look(1, None, None, roll, train_small.Scored(None, entropy), None)
+    ends = sapo.ends_by_entropy(entropy, roll.mask)[0].nonzero()[:, 0].tolist()[:-1]  # the last one is given
+    hits = len(decide & set(ends))
+    assert found == dict(idle=3 / 5, precision=hits / len(ends), recall=hits / 6, chance=6 / n) and hits >= 2
+    shorter = roll._replace(mask=roll.mask.clone())
+    shorter.mask[0, at["answer"]:] = False
+    found = study.look(1, None, None, shorter, train_small.Scored(None, entropy), None)
+    assert (found["idle"], found["chance"]) == (2 / 4, 6 / at["answer"])
+    right = roll.texts[0].replace("= 11\n11", "= 10\n10").replace("= 6", "= 5").replace("> 6", "> 5")
+    texts = [roll.texts[0], right, right.replace("> 5", "> 4"), "so", right.replace("red 3,", "red 8,")]
+    task = train_small.Task(None, roll.problems * 5, "", toy_env.reward)
+    assert study.errors(task, texts) == dict(answer=0.2, format=0.2, result=0.2)  # the last one is right
 
 
 def test_ends_and_roles_by_hand(slipped):
