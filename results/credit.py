@@ -119,8 +119,10 @@ def weights_by_kind(roll: train_small.Rollout, weights: torch.Tensor) -> dict:
 
 # -------------------------------------------------------------------------------------------------- the study
 def settings_of(name: str, options: dict) -> train_small.Config:
-    """The full config of a critic's name."""
-    return train_small.complete(train_small.Config(**options | dict(algo=name.split(",")[0]) | CRITICS[name]))
+    """The full config of a critic's name, with its own λ, wherever the model lies."""
+    algo = name.split(",")[0]
+    own = dict(algo=algo, lam=study.OWN_LAMBDA[algo], lam_returns=None) | CRITICS[name]
+    return train_small.complete(train_small.Config(**options | own))
 
 
 def measure(options: dict) -> dict:
@@ -195,7 +197,7 @@ def credit_by_method(config, policy, processor, roll, scored: dict, outcome) -> 
                      "srpo, blank, sign-aware": weigh(contrast="blank", sign_aware=True)}
     advantages = {name: srpo.srpo_advantages(group, w) for name, w in group_weights.items()}
     for name, its in scored.items():
-        own = settings_of(name, asdict(config) | dict(lam=None, kl_coef=0.0))  # the outcome alone
+        own = settings_of(name, asdict(config) | dict(kl_coef=0.0))  # the outcome alone
         advantages[name] = train_small.assign_credit(own, policy, processor, roll, its, outcome).advantages
     ends = {kind: train_small.segment_ends(replace(config, segments=kind), roll, same)
             for kind in train_small.SEGMENTS}

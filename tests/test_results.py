@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -332,6 +333,14 @@ def test_a_slip_is_drawn_with_a_line_for_each_method(slipped):
     assert [axis.get_ylabel() for axis in figure.axes] == ["GRPO", "SAPO"]
     assert "".join(text.get_text() for text in figure.axes[1].texts) == "".join(
         piece.strip(" ").replace("\n", "↵") for piece in roll.pieces[0])
+
+
+def test_a_trained_model_is_judged_with_each_methods_own_lambda(mini):
+    saved = train_small.complete(train_small.Config(model=str(mini), device="cpu"))
+    assert saved.lam == 0.99  # a model of one's own: the paper's
+    found = {name: credit.settings_of(name, asdict(saved)) for name in credit.CRITICS}
+    assert {name: (x.lam, x.lam_returns) for name, x in found.items()} == {
+        "sapo": (0.9, None), "sapo, V at last": (0.9, None), "ppo": (0.95, None), "vc-ppo": (0.99, 1.0)}
 
 
 @pytest.mark.parametrize("algo", ["sapo", "grpo"])
