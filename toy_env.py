@@ -15,8 +15,8 @@ result with its own operands. So it knows where a response goes wrong, and `blam
 (a number per token) say so: the ground truth of credit assignment, which no real benchmark has.
 
 Read in this order: make_problem → reward → statements (first_error, false_statements, faithful, perception)
-→ blame → demonstration (the sloppy teacher) → make_dataset. `python toy_env.py` shows some problems.
-This file needs Pillow and datasets and knows nothing of the algorithms.
+→ blame → make_dataset. `python toy_env.py` shows some problems. This file needs Pillow and datasets and knows
+nothing of the algorithms.
 """
 
 import itertools
@@ -109,6 +109,11 @@ def make_problem(seed: int, operands: int = 3, distractors: int = 1, operators: 
             return Problem(image, question, str(steps[-1].result), tuple(cells), tuple(steps), openings)
     expected = f"some that keep the results of {operands} numbers from {low} to {high} in 0 … {LARGEST}"
     raise ValueError(f"operators is {operators!r}: expected {expected}")
+
+
+def usual_number(colour: str, low: int = 1, high: int = 9) -> int:
+    """What `prior` makes of each colour: red 1, orange 2, …"""
+    return low + list(COLOURS).index(colour) % (high - low + 1)
 
 
 def _check_difficulty(operands, distractors, operators, low, high, grid, cell, prior, openings, split):
@@ -224,9 +229,11 @@ def statements(problem: Problem, response: str) -> list[Statement]:
 
     problem: one with cells. A response to it without a false statement has the right answer.
 
-    >>> p = make_problem(0)
-    >>> all(s.true for s in statements(p, demonstration(p)))
-    True
+    >>> problem = make_problem(0, operands=2, distractors=0)  # brown + red = ?, with brown 9 and red 9
+    >>> slip = ("<perception> brown 9, red 9 </perception> <think> brown 9 + red 9 = 28 </think>"
+    ...         " <answer> 28 </answer>")
+    >>> [(s.kind, slip[s.start : s.end], s.true) for s in statements(problem, slip)][2:]
+    [('operand', 'brown 9 + red 9', True), ('result', '28', False), ('answer', '28', True)]
     """
     spans = parse(response)
     if spans is None:
@@ -372,66 +379,6 @@ def _auroc(low, high):
     return fmean((a < b) + (a == b) / 2 for a in low for b in high)
 
 
-# ----------------------------------------------------------------------------------------- the sloppy teacher
-LOOK_ALIKE = {"1": "7", "7": "1", "3": "8", "8": "3", "5": "6", "6": "5", "4": "9", "9": "4"}
-
-
-def demonstration(problem: Problem, rng: random.Random | None = None, misread: float = 0.0,
-                  slip: float = 0.0, habit: float = 0.0, guess: float = 0.0) -> str:
-    """A sloppy teacher's response; without the rates, a faultless one. What follows a slip agrees with it.
-
-    rng: needed for rates above 0, and for openings.  misread: the chance that a number's last digit is read
-    as its look-alike.  slip: the chance of a wrong result.  habit: the chance of the teacher's two habits, to
-    read a 7 as a 1 and to forget a carry or a borrow; above one half, imitation turns them into the greedy
-    choice.  guess: the chance of a third, to say a colour's usual number (of 1 to 9) without a look.
-    """
-    if (max(misread, slip, habit, guess) > 0 or OPENED[problem.openings]) and rng is None:
-        raise ValueError("rng is None: expected a random.Random where a rate is above 0, or for openings")
-    happens = lambda chance: chance > 0 and rng.random() < chance
-    opening = lambda block: rng.choice(OPENINGS) + " " if block in OPENED[problem.openings] else ""
-    numbers = {}
-    for cell in problem.cells:
-        text = str(cell.number)
-        if text[-1] in LOOK_ALIKE and happens(habit if text[-1] == "7" else misread):
-            text = text[:-1] + LOOK_ALIKE[text[-1]]
-        if happens(guess):
-            text = str(usual_number(cell.colour))
-        numbers[cell.colour] = int(text)
-    colour = problem.question.split()[0]
-    left, lines, named = numbers[colour], [], colour + " "  # only the first line names its left operand
-    for step in problem.steps:
-        right = numbers[step.colour]
-        result = OPERATORS[step.operator](left, right)
-        forgetful = without_carry(left, step.operator, right)
-        if forgetful != result and happens(habit):
-            result = forgetful
-        elif happens(slip):
-            result += rng.choice([d for d in (-10, -2, -1, 1, 2, 10) if result + d >= 0] or [1])
-        lines.append(f"{opening('think')}{named}{left} {step.operator} {step.colour} {right} = {result}")
-        left, named = result, ""
-    readings = ", ".join(f"{opening('perception')}{colour} {number}" for colour, number in numbers.items())
-    body = "\n".join(lines)
-    return f"<perception> {readings} </perception> <think> {body} </think> <answer> {left} </answer>"
-
-
-def usual_number(colour: str, low: int = 1, high: int = 9) -> int:
-    """What `prior` makes of each colour: red 1, orange 2, …"""
-    return low + list(COLOURS).index(colour) % (high - low + 1)
-
-
-def without_carry(left: int, operator: str, right: int) -> int:
-    """The result of who forgets the carry into the tens of `left`, or the borrow from them; the true result
-    where there is none to forget.
-
-    >>> [without_carry(*sum_) for sum_ in ((27, "+", 5), (32, "-", 5), (27, "×", 3), (8, "+", 5))]
-    [22, 37, 61, 13]
-    """
-    result, ones = OPERATORS[operator](left, right), OPERATORS[operator](left % 10, right % 10)
-    if left < 10 or result < 0:
-        return result
-    return result - 10 * (ones // 10)  # ones // 10 is the carry: 1 for 7 + 5, -1 for 2 - 5, 2 for 7 × 3
-
-
 # -------------------------------------------------------------------------------------------------- data sets
 def make_problems(n: int, seed: int = 0, **difficulty) -> list[Problem]:
     """n problems; different seeds give different streams. Difficulty as in make_problem."""
@@ -451,6 +398,8 @@ def make_dataset(n: int, seed: int = 0, **difficulty) -> "datasets.Dataset":
 # ---------------------------------------------------------------------------------------- a look at the world
 def main() -> None:
     """Three worked examples, printed, and a picture of their images."""
+    from tiny_vlm.teacher import demonstration  # who makes mistakes
+
     out = sys.argv[1] if len(sys.argv) > 1 else "toy_env.png"
     rng, picture = random.Random(1), Image.new("RGB", (810, 224), "white")
     for x, operands in (10, 2), (280, 3), (550, 4):

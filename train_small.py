@@ -11,14 +11,9 @@ default model, tiny_vlm/, is loaded, sampled and saved as any other would be.
 
 import copy
 import itertools
-import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,18 +21,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-import datasets
 import torch
 import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 import sapo
 import srpo
 import toy_env
+from support import run_folder
+from support.run_folder import Stopped, first_line
+from support.vlm_inputs import banned_ids, cut, encode, full_inputs, load_policy, take
 from toy_env import Problem
 
 HERE = Path(__file__).resolve().parent
@@ -171,10 +168,6 @@ def complete(config: Config) -> Config:
     return config
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -182,44 +175,13 @@ def best_device() -> str:
 # --------------------------------------------------------------------------------------------- model and data
 def load(config: Config) -> tuple:
     """Policy, processor, and, for the methods that need them, critic and frozen reference (else None)."""
-    policy, processor = load_policy(config)
+    policy, processor = load_policy(config.model, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef > 0 else None
     critic = None
     if config.critic:  # its own copy of the pretrained backbone, and a value head that starts at 0
         hidden_size = policy.config.get_text_config().hidden_size
         critic = sapo.SegmentCritic(copy.deepcopy(policy.model), hidden_size).to(config.device)
     return policy, processor, critic, reference
-
-
-def load_policy(config: Config, dtype: torch.dtype = torch.float32) -> tuple:
-    """Policy and processor."""
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(config.model)
-        policy, found = transformers.AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=dtype, output_loading_info=True)
-        processor.tokenizer.padding_side = "left"
-    except Exception as error:  # a library's: of any kind
-        raise ValueError(f"model is {config.model!r}: expected an image-text-to-text model, a folder or "
-                         f"a name ({first_line(error)})") from error
-    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
-        raise ValueError(f"model is {config.model!r}: expected all weights, but {missing[0]} and "
-                         f"{len(missing) - 1} more are missing or of another shape")
-    policy = policy.to(config.device).eval()  # eval: no dropout, or the first ratio is not 1
-    own, tokenizer = policy.generation_config.eos_token_id, processor.tokenizer
-    eos = tokenizer.eos_token_id if own is None else own  # 0 is an id like any other
-    eos = eos if isinstance(eos, list) else [eos]
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = eos[0]
-    # Nothing else of its settings: a cut-off in sampling that scoring lacks would bias the ratio.
-    ids = dict(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    policy.generation_config = transformers.GenerationConfig(**ids)
-    return policy, processor
-
-
-def banned_ids(policy) -> list[int]:
-    """Ids of image and video placeholders: who samples one cannot be scored, as its features are missing."""
-    names = ("image_token_id", "image_token_index", "video_token_id")
-    return sorted({i for name in names if isinstance(i := getattr(policy.config, name, None), int)})
 
 
 def difficulty(config: Config) -> dict:
@@ -253,23 +215,6 @@ def dataset_task(config: Config, instruction: str = INSTRUCTION,
     prompts = config.responses // config.group
     stream, held_out, skipped = problems_of(config.dataset, config.eval_problems, prompts, config.seed)
     return Task(stream, held_out, instruction, reward or toy_env.reward, skipped)
-
-
-def encode(processor, instruction: str, images: list, questions: list[str], device: str) -> dict[str, Tensor]:
-    """The model's inputs for prompts of an image and a question, padded on the left. Images stay in main
-    memory until `take` moves some: in tiles, those of 128 prompts are gigabytes."""
-    system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
-    users = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]} for q in questions]
-    if processor.chat_template is None:
-        texts = [f"{processor.image_token}{instruction}\n{question}" for question in questions]
-    else:
-        texts = [processor.apply_chat_template([system, user], add_generation_prompt=True) for user in users]
-    images = [[image] for image in images]  # a list per prompt: a flat one is one prompt's to some processors
-    bos = processor.tokenizer.bos_token  # some templates write it, so the tokenizer must not
-    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt",
-                       add_special_tokens=not (bos and texts[0].startswith(bos)))
-    inputs = {k: x for k, x in inputs.items() if k != "labels"}  # PaliGemma's, of the prompt
-    return {k: x.to(device) if x.shape == inputs["input_ids"].shape else x for k, x in inputs.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
@@ -323,47 +268,7 @@ def rollout(policy, processor, task: Task, problems: list[Problem], max_tokens: 
     return Rollout(task, problems, inputs, ids, mask, truncated, pieces, texts)
 
 
-def cut(tokenizer, ids: list[int], text: str) -> list[str]:
-    """The text of each token where one alone reads otherwise: a leading space is lost, bytes are no
-    character yet. Each is read after those before it; bytes belong to the token that completes them."""
-    pieces, start, read, done = [], 0, 0, 0  # done: characters of the first `read` tokens
-    for end in range(1, len(ids) + 1):
-        before, now = (tokenizer.decode(ids[start:i], skip_special_tokens=True) for i in (read, end))
-        new = now[len(before):]
-        pieces.append(new if text.startswith(new, done) and not new.endswith("\ufffd") else "")
-        if pieces[-1]:
-            start, read, done = read, end, done + len(new)
-    return [*pieces[:-1], pieces[-1] + text[done:]]
-
-
 # ------------------------------------------------------------------------------------------------------ score
-def full_inputs(inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Inputs for prompt and response together. Type ids of a response are 0 where those of the prompt mark
-    something (its image); else 1, as in PaliGemma, where tokens of type 0 see the future."""
-    per_token = {k: x for k, x in inputs.items() if x.shape == inputs["input_ids"].shape}
-    tails = {k: torch.full_like(ids, not x.any()) for k, x in per_token.items()}
-    tails |= dict(input_ids=ids, attention_mask=mask)
-    return inputs | {k: torch.cat([x, tails[k].to(x)], 1) for k, x in per_token.items()}
-
-
-def take(inputs: dict[str, Tensor], rows: Tensor, image_ids: list[int] = ()) -> dict[str, Tensor]:
-    """The inputs of some rows, on the tokens' device. Where all images are packed (Qwen-VL's patches,
-    InternVL's tiles), a prompt's are as many as its share of the image tokens, whose ids are `image_ids`."""
-    taken, B, ids = {}, len(inputs["input_ids"]), inputs["input_ids"]
-    tokens = torch.isin(ids, ids.new_tensor(image_ids)).sum(1)  # (B,)
-    for name, x in inputs.items():
-        sizes = tokens * len(x) // tokens.sum().clamp(min=1)
-        if len(x) == B:
-            taken[name] = x[rows.to(x.device)].to(ids.device)
-        elif sizes.sum() == len(x):
-            packed = x.split(sizes.tolist())
-            taken[name] = torch.cat([packed[i] for i in rows.tolist()]).to(ids.device)
-        else:
-            raise ValueError(f"{name} is {len(x)} rows for {B} prompts: expected one each, or as many for "
-                             f"each of the {int(tokens.sum())} image tokens")
-    return taken
-
-
 def score(model, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, temperature: float = 1.0,
           seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) of the sampled tokens as they were sampled, at the same temperature, with the
@@ -598,11 +503,7 @@ def describe(roll: Rollout, scored: Scored, credit: Credit, outcome: Tensor) -> 
     return row
 
 
-# ---------------------------------------------------------------------------------- a run and its checkpoints
-FORM = 1  # of a checkpoint
-MAY_CHANGE = "iterations", "device", "out", "resume"  # where a run goes on
-
-
+# ------------------------------------------------------------------------------------------------------ train
 class Run(NamedTuple):
     """All that an iteration needs, and the checkpoint to go on from, if there is one."""
 
@@ -615,90 +516,28 @@ class Run(NamedTuple):
     optimizers: list[tuple]
     state: dict | None
 
-
-class Stopped(RuntimeError):
-    """Why a run ends before its time."""
+    def kept(self) -> tuple[dict, list]:
+        """What a checkpoint keeps of models and optimizers."""
+        models = dict(policy=self.policy) | (dict(critic=self.critic) if self.critic else {})
+        return models, [optimizer for _, optimizer in self.optimizers]
 
 
 def prepare(config: Config, make_task: Callable | None = None, load_models: Callable | None = None) -> Run:
     """Models, problems, and the run's folder with run.json, which says what made it. `make_task` and
     `load_models`, of config, are one's own if they are given. ValueError, OSError: the run cannot begin."""
-    config = complete(config)
-    out, file = Path(config.out), Path(config.out) / "run.json"
-    if not config.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out is {config.out!r}, which is not an empty folder: expected a new one, or "
-                         f"--resume {config.out} to go on with the run in it")
-    state = read_checkpoint(out) if config.resume else None
+    config, state = complete(config), None
+    if config.resume:
+        state = run_folder.read_checkpoint(config.out)
+    else:
+        run_folder.check_new(config.out)
     torch.manual_seed(config.seed)
     task = (make_task or (dataset_task if config.dataset else toy_task))(config)
     models = (load_models or load)(config)
     run = Run(config, task, *models, make_optimizers(config, models[0], models[2]), state)
-    out.mkdir(parents=True, exist_ok=True)
-    git = "git describe --always --dirty"  # nothing where there is none
-    commit = subprocess.run(git, shell=True, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    made = dict(command=sys.argv, commit=commit, torch=torch.__version__, device=config.device,
-                transformers=transformers.__version__, datasets=datasets.__version__)
-    made["device"] += f" ({torch.cuda.get_device_name()})" if "cuda" in config.device else ""
-    if state:
-        parts = json.loads(file.read_text())["parts"]
-    else:
-        parts = file.touch(exist_ok=False) or []  # of two runs that begin here, one does
-    write_json(file, dict(config=asdict(config), parts=[*parts, made]))
+    run_folder.begin(config.out, asdict(config), bool(state))
     return run
 
 
-def write_json(file: Path, content: dict) -> None:
-    file.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
-    os.replace(file.with_suffix(".tmp"), file)
-
-
-def save_checkpoint(run: Run, **more) -> None:
-    """All that what comes next depends on, in a file that is whole or not there. The one before stays."""
-    models, out = dict(policy=run.policy, critic=run.critic), Path(run.config.out)
-    state = dict(more, form=FORM, random=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all(),
-                 optimizers=[optimizer.state_dict() for _, optimizer in run.optimizers])
-    state |= {name: model.state_dict() for name, model in models.items() if model}
-    with open(out / "checkpoint.tmp", "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # on a full disk
-            raise OSError(f"{file.name} could not be written ({first_line(error)})") from error
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(out / "checkpoint.tmp", out / f"checkpoint-{more['iteration']:05}.pt")
-    for old in sorted(out.glob("checkpoint-*.pt"))[:-2]:
-        old.unlink()
-
-
-def read_checkpoint(out: Path) -> dict:
-    """The last one that can be read in a run's folder. What is pickled in it is never run."""
-    for path in sorted(out.glob("checkpoint-*.pt"), reverse=True):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["form"] == FORM:
-                return state
-            error = f"form is {state['form']}: expected {FORM}"
-        except Exception as wrong:  # torn or foreign: of any kind
-            error = wrong
-        print(f"{path} cannot be read ({first_line(error)}): the one before it is used", file=sys.stderr)
-    raise ValueError(f"resume is {str(out)!r}: expected a folder with a checkpoint that can be read")
-
-
-def restore(run: Run) -> None:
-    """Everything as it was at the checkpoint."""
-    for name, model in dict(policy=run.policy, critic=run.critic).items():
-        if model:
-            model.load_state_dict(run.state[name])
-    for (_, optimizer), its in zip(run.optimizers, run.state["optimizers"]):
-        optimizer.load_state_dict(its)
-    for _ in range(run.state["iteration"]):
-        take_prompts(run.config, run.task)
-    torch.set_rng_state(run.state["random"])
-    if torch.cuda.device_count() == len(run.state["cuda"]):
-        torch.cuda.set_rng_state_all(run.state["cuda"])
-
-
-# ------------------------------------------------------------------------------------------------------ train
 def train(config: Config, on_iteration: Callable | None = None) -> tuple:
     """`prepare` and `learn`. -> policy, processor, critic, and what `learn` returns."""
     run = prepare(config)
@@ -712,30 +551,24 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
     credit)`, called after an update, returns is logged too."""
     config, task, policy, processor, critic, _, optimizers, state = run
     out, warmup = Path(config.out), config.critic_warmup if critic else 0
-    history, said, start = [], set(), time.time() - (state["seconds"] if state else 0)
-
-    def log(row):
-        history.append({k: None if v != v else v for k, v in row.items()})  # nan is no JSON
-        file.write(json.dumps(history[-1]) + "\n")
-        file.flush()
+    said, start = set(), time.time() - (state["seconds"] if state else 0)
 
     def save():
-        save_checkpoint(run, iteration=i, seconds=time.time() - start, before=before, after=after)
+        run_folder.save_checkpoint(out, *run.kept(), iteration=i, seconds=time.time() - start, before=before,
+                               after=after)
 
-    with open(out / "metrics.jsonl", "r+" if state else "x") as file, tqdm(total=config.iterations) as bar:
-        if state:
-            restore(run)
-            i, before, after = state["iteration"], state["before"], state["after"]
-            lines = file.readlines()[: i + 1]  # those behind the checkpoint are made again
-            history = [json.loads(line) for line in lines]
-            file.seek(sum(map(len, lines)))
-            file.truncate()
-        else:
-            evaluation, roll = evaluate(config, policy, processor, task)
-            i, before, after = 0, roll.texts, roll.texts
-            log(dict(iteration=0, responses=0, seconds=0.0, **evaluation))
-            save()
-        bar.update(i)
+    if state:
+        i, before, after = state["iteration"], state["before"], state["after"]
+        history = run_folder.metrics(out, rows=i + 1)
+        for _ in range(i):
+            take_prompts(config, task)
+        run_folder.restore(state, *run.kept())
+    else:
+        evaluation, roll = evaluate(config, policy, processor, task)
+        i, before, after = 0, roll.texts, roll.texts
+        history = [run_folder.log(out, dict(iteration=0, responses=0, seconds=0.0, **evaluation))]
+        save()
+    with tqdm(total=config.iterations, initial=i) as bar:
         while i < config.iterations and not stop():
             i += 1
             left = 1 - max(0, i - warmup - 1) / (config.iterations - warmup)  # falls linearly towards 0
@@ -748,8 +581,9 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
             if on_iteration and credit:
                 found |= on_iteration(i, policy, critic, roll, scored, credit) or {}
             seconds = round(time.time() - start, 2)
-            log(dict(iteration=i, responses=i * config.responses, seconds=seconds) | found)
-            for sentence in set(complaints(history, warmup)) - said:
+            row = dict(iteration=i, responses=i * config.responses, seconds=seconds) | found
+            history.append(run_folder.log(out, row))
+            for sentence in set(run_folder.complaints(history, warmup)) - said:
                 tqdm.write(f"iteration {i}: {sentence}", file=sys.stderr)
                 said.add(sentence)
             if evaluates or stop():
@@ -759,9 +593,7 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
                               f"{out}/not-finite-*.pt): try a lower --lr, --critic-lr or --head-lr")
             bar.update()
             bar.set_postfix(reward=f"{found.get('reward', math.nan):.2f}")
-    made = json.loads((out / "run.json").read_text())
-    made["parts"][-1] |= dict(iteration=i, seconds=round(time.time() - start, 2))
-    write_json(out / "run.json", made)
+    run_folder.end(out, iteration=i, seconds=round(time.time() - start, 2))
     return history, (before, after)
 
 
@@ -787,25 +619,6 @@ def iterate(run: Run, i: int, learn_policy: bool) -> tuple[Rollout, Scored, Cred
     return roll, scored, credit, describe(roll, scored, credit, outcome) | found
 
 
-def complaints(history: list[dict], warmup: int) -> Iterator[str]:
-    """What cannot learn says so."""
-    rows = [row for row in history if "reward" in row]
-    row, first, last = (rows or [{}])[-1], (rows or [{}])[0], rows[-5:]
-    explained = [r.get("explained_variance") or 0 for r in last if r["iteration"] > warmup + 1]
-    if row.get("truncated") == 1:
-        yield "all responses are cut off: raise --max-tokens"
-    if row.get("unreadable", 0) > 0.5:
-        yield "more than half of the responses do not have the format of the instruction"
-    if len(last) == 5 and {r["reward"] for r in last} in ({0}, {1}):
-        yield "all rewards were equal for five iterations: there is nothing to learn from"
-    if row.get("first_ratio_deviation", 0) > 1e-3:
-        yield "the ratio is not 1 before the first step: scoring differs from sampling"
-    if len(explained) == 5 and fmean(explained) < 0:
-        yield "the critic is worse than a constant: lower --critic-lr or --head-lr"
-    if row.get("entropy", 1) < first.get("entropy", 0) / 100:
-        yield "the entropy fell to a hundredth: lower --lr"
-
-
 def make_optimizers(config: Config, policy, critic) -> list[tuple]:
     """(model, AdamW) of the policy, and of the critic, whose pretrained part and new head differ in rate."""
     pairs = [(policy, torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0))]
@@ -824,79 +637,42 @@ def take_prompts(config: Config, task: Task) -> list[Problem]:
 
 # ------------------------------------------------------------------------------------------------------- main
 def parse_arguments(arguments: list[str] | None = None, kind: type = Config) -> Config:
-    """The command line: one flag for each field of Config. With --resume, the run's own settings."""
-    parser = HfArgumentParser(kind, description=__doc__.split("\n")[0])
-
-    def refuse(message):
-        raise ValueError(message)
-
-    parser.error = refuse  # without the usage of 40 options before it
-    config = parser.parse_args_into_dataclasses(arguments)[0]
-    if config.resume is None:
-        return config
-    try:
-        saved = json.loads((Path(config.resume) / "run.json").read_text())["config"]
-    except (ValueError, OSError) as error:
-        raise ValueError(f"resume is {config.resume!r}: expected a run's folder ({first_line(error)})")
-    saved = {k: v for k, v in saved.items() if k not in ("resume", "out")}
-    parser.set_defaults(**saved)
-    config = parser.parse_args_into_dataclasses(arguments)[0]
-    for name, value in saved.items():
-        if name not in MAY_CHANGE and getattr(config, name) != value:
-            raise ValueError(f"{name} is {getattr(config, name)}: expected {value}, as in {config.resume}")
-    return replace(config, out=config.resume)
+    """The command line: one flag for each field of Config."""
+    return run_folder.parse_arguments(kind, __doc__.split("\n")[0], arguments)
 
 
 def main(name: str = "train_small.py", kind: type = Config, begin: Callable = prepare) -> None:
     """The command. `begin` makes a Run of a config of this kind."""
-    def leave(error, status):
-        print(f"{name}: {first_line(error)}", file=sys.stderr)
-        sys.exit(status)
-
-    def note(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second is obeyed at once
-
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    signals, start = run_folder.note_signals(), time.time()
     sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     transformers.utils.logging.disable_progress_bar()
-    start = time.time()
     try:
         run = begin(parse_arguments(kind=kind))
     except (ValueError, OSError) as error:
-        leave(error, 2)
-    out = run.config.out
+        run_folder.leave(name, error, 2)
+    config, out = run.config, Path(run.config.out)
     try:
         history, texts = learn(run, stop=lambda: signals)
         if signals:
             raise Stopped(f"stopped after iteration {history[-1]['iteration']}")
-        if run.config.save:
-            run.policy.save_pretrained(Path(out) / "model")
-            run.processor.save_pretrained(Path(out) / "model")
+        if config.save:
+            run.policy.save_pretrained(out / "model")
+            run.processor.save_pretrained(out / "model")
             if run.critic:
-                torch.save(run.critic.state_dict(), Path(out) / "critic.pt")
+                torch.save(run.critic.state_dict(), out / "critic.pt")
     except (Stopped, OSError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            phases = "evaluate", "rollout", "score_all", "assign_credit", "update"
-            names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-            phase = next(name for name in phases if name in names)
-            size = run.config.micro_batch or "all at once"
-            error = f"out of memory in {phase}: halve --micro-batch (now {size}) or --max-tokens"
-        leave(f"{first_line(error)}. Go on from the last checkpoint: python {name} --resume {out}",
-              130 if signals else 1)
+        run_folder.leave(name, error, 130 if signals else 1, config.out, config.micro_batch)
     from results.curves import plot, report
 
     try:
         report(run.task.held_out, history, *texts)
-        plot(Path(out))
+        plot(out)
     except OSError as error:  # a closed pipe, a full disk: the run itself is whole
-        leave(error, 1)
+        run_folder.leave(name, error, 1)
     if run.task.skipped:
         print(f"\n{len(run.task.skipped)} rows of the data set could not be read")
-    print(f"\n{time.time() - start:.0f} s on {run.config.device}. Metrics, curves, checkpoints: {out}/")
-    if run.config.save and run.critic and not run.config.dataset:
+    print(f"\n{time.time() - start:.0f} s on {config.device}. Metrics, curves, checkpoints: {out}/")
+    if config.save and run.critic and not config.dataset:
         print(f"Turn the knobs of its credit: python -m results.page {out}")
 
 

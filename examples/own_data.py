@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import datasets
 from tqdm import tqdm
 
+from support.run_folder import first_line
 from toy_env import Problem
 
 COLUMNS = ("image", "images"), ("question", "problem"), ("answer",)
@@ -27,7 +28,7 @@ def problems_of(dataset: str, eval_problems: int, prompts: int,
         columns = splits["train"].column_names
     except Exception as error:  # a library's: of any kind
         raise ValueError(f"dataset is {dataset!r}: expected a folder or name that load_dataset knows, with a "
-                         f"split train ({_first_line(error)})") from error
+                         f"split train ({first_line(error)})") from error
     for names in COLUMNS:
         if not {*names} & {*columns}:
             raise ValueError(f"dataset is {dataset!r}, with columns {columns}: "
@@ -64,7 +65,7 @@ def readable(rows: datasets.Dataset, skipped: set[int]) -> Iterator[Problem]:
         except Exception as error:  # of any kind: an image is decoded only here
             skipped.add(i)
             at = i if rows._indices is None else rows._indices.column(0)[i].as_py()
-            tqdm.write(f"row {at} of the data set is skipped: {_first_line(error)}", file=sys.stderr)
+            tqdm.write(f"row {at} of the data set is skipped: {first_line(error)}", file=sys.stderr)
         else:
             yield problem
 
@@ -78,7 +79,3 @@ def from_row(row: dict) -> Problem:
         raise ValueError(f"question, answer is {question!r:.50}, {answer!r:.50}: expected texts, or a number")
     answer = f"{answer:.15g}" if isinstance(answer, float) else str(answer).strip()
     return Problem(image.convert("RGB"), question.replace("<image>", "").strip(), answer)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

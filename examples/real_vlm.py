@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import sapo
 import toy_env
 import train_small
+from support import vlm_inputs
 
 try:
     import math_verify
@@ -218,7 +219,7 @@ def make_roles(config: RealConfig, model) -> tuple:
 
 def load(config: RealConfig) -> tuple:
     """Policy, processor, critic and reference, as train_small.load."""
-    model, processor = train_small.load_policy(config, base_dtype(config))
+    model, processor = vlm_inputs.load_policy(config.model, config.device, base_dtype(config))
     policy, critic, reference = make_roles(config, model)
     return policy, processor, critic, reference
 

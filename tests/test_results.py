@@ -33,6 +33,9 @@ def test_arrows_run_one_way():
     for name in ("sapo.py", "srpo.py", "toy_env.py", "train_small.py"):
         found = {module for module in imports(ROOT / name) if module.startswith("results")}
         assert found == shown.get(name, set()), name
+    ours = {"sapo", "srpo", "toy_env", "train_small", "results", "examples", "tiny_vlm"}
+    for path in (ROOT / "support").glob("*.py"):
+        assert not ours & {module.split(".")[0] for module in imports(path)}, path
     assert not {"results.credit", "results.bench"} & imports(study.HERE / "study.py")
     assert "results.study" in imports(study.HERE / "credit.py")
 

@@ -25,6 +25,8 @@ import srpo
 import toy_env
 import train_small
 from results import curves
+from support import run_folder
+from tiny_vlm.teacher import demonstration
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(iterations=4, responses=8, micro_batch=0, mini_batches=2, critic_warmup=1, operands=2,
@@ -217,12 +219,12 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path
         last.write_bytes(b"")
     else:
         torch.save(dict(foreign=[1, 2], older=dict(form=0), code=Code(tmp_path))[kind], last)
-    assert train_small.read_checkpoint(out)["iteration"] == 2
+    assert run_folder.read_checkpoint(out)["iteration"] == 2
     said = capsys.readouterr().err
     assert str(last) in said and said.count("\n") == 1 and not (tmp_path / "was run").exists()
     with pytest.raises(ValueError, match="resume is .*: expected a folder with a checkpoint"):
         (out / "checkpoint-00002.pt").unlink()
-        train_small.read_checkpoint(out)
+        run_folder.read_checkpoint(out)
 
 
 def test_two_checkpoints_are_kept(finished):
@@ -274,7 +276,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(mini, tmp_path, monkeypatch, caps
         said = capsys.readouterr().err.splitlines()[-1]
         assert code == 1 and f"--resume {out}" in said, (code, said)
         assert "could not be written" in said or "No space left" in said, said
-        assert train_small.read_checkpoint(out)["iteration"] < 4
+        assert run_folder.read_checkpoint(out)["iteration"] < 4
     finally:
         subprocess.run(["umount", out], check=True)
 
@@ -349,7 +351,7 @@ def test_out_of_memory_names_the_phase_and_the_flag(mini, tmp_path, monkeypatch,
                  evaluate="rollout")
     function = getattr(train_small, inner[phase])
     ready = []  # the first evaluation passes, but where it is the one that fails
-    monkeypatch.setattr(train_small, "save_checkpoint", lambda *_, **__: ready.append(1))
+    monkeypatch.setattr(run_folder, "save_checkpoint", lambda *_, **__: ready.append(1))
     monkeypatch.setattr(train_small, inner[phase], lambda *args, **kwargs: (
         full() if ready or phase == "evaluate" else function(*args, **kwargs)))
     assert command(monkeypatch, *flags(model=mini, out=tmp_path / "run", **SMALL)) == 1
@@ -496,7 +498,7 @@ def test_a_hundred_thousand_hostile_responses():
             *"٣３²−×=,+\n\0\ud800\u2028\u200b", "-0", "9" * 400, "red 4", "<think><answer>", "i see ", "so "]
     kinds = [*toy_env.OPENED]
     problems = [toy_env.make_problem(i, operands=2, openings=kinds[i % 3]) for i in range(200)]
-    texts = [re.split("([<>\n])", toy_env.demonstration(p, rng, 0.1, 0.1, 0.1)) for p in problems]
+    texts = [re.split("([<>\n])", demonstration(p, rng, 0.1, 0.1, 0.1)) for p in problems]
     for i in range(100_000):
         problem, parts = problems[i % 200], list(texts[i % 200])
         for _ in range(rng.choice((0, 1, 1, 2, 9))):
@@ -539,15 +541,15 @@ def test_what_cannot_learn_says_so(word, change):
     history = [dict(iteration=0, accuracy_greedy=0.1), *(dict(HEALTHY, iteration=i) for i in range(1, 5))]
     for i in range(5, 12):
         history.append(dict(HEALTHY, iteration=i) | change)
-        said = [*train_small.complaints(history, warmup=3)]
+        said = [*run_folder.complaints(history, warmup=3)]
     assert [word in sentence for sentence in said] == [True] * (word is not None)
-    assert not [*train_small.complaints([dict(iteration=0), dict(iteration=1, not_finite="loss")], 0)]
+    assert not [*run_folder.complaints([dict(iteration=0), dict(iteration=1, not_finite="loss")], 0)]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_committed_runs_have_nothing_to_complain_of(seed):
     history = [json.loads(line) for line in open(ROOT / "results" / f"sapo-{seed}.jsonl")]
-    assert not [x for i in range(len(history)) for x in train_small.complaints(history[: i + 1], warmup=5)]
+    assert not [x for i in range(len(history)) for x in run_folder.complaints(history[: i + 1], warmup=5)]
 
 
 @pytest.mark.parametrize("trouble", ["ascii", "closed"])

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import toy_env
 import train_small
 from tiny_vlm import make
+from tiny_vlm.teacher import demonstration
 
 
 @pytest.mark.parametrize("kinds", [["none"], [*toy_env.OPENED]], ids=["plain", "wordy"])
@@ -20,7 +21,7 @@ def test_tokenizer_round_trips_all_there_is_to_say(kinds):
         level = dict(operands=operands, operators=("+-", "+-×")[seed % 2], high=(9, 99)[seed // 2 % 2],
                      openings=kinds[seed % len(kinds)])
         problem = toy_env.make_problem(seed, **level)
-        for text in toy_env.demonstration(problem, rng, **dict.fromkeys(make.TEACHER, 0.3)), problem.question:
+        for text in demonstration(problem, rng, **dict.fromkeys(make.TEACHER, 0.3)), problem.question:
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.decode(ids) == text == "".join(map(tokenizer.decode, ids))
             assert tokenizer.unk_token_id not in ids

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 import toy_env
+from tiny_vlm import teacher
+from tiny_vlm.teacher import demonstration, without_carry
 
 LEVELS = [
     *(dict(operands=n, distractors=min(2, 9 - n), operators="+-×"[:k]) for n in range(2, 9) for k in (2, 3)),
@@ -87,7 +89,7 @@ def test_difficulty_holds_and_the_answer_is_right(level):
         seen |= set(p.question) & set("+-×")
         numbers |= {c.number for c in p.cells}
         response = spoken(p, lines, answer)
-        assert toy_env.demonstration(p) == response and toy_env.faithful(p, response)
+        assert demonstration(p) == response and toy_env.faithful(p, response)
     assert seen == set(d["operators"])
     assert d["low"] <= min(numbers) <= d["low"] + 2 and max(numbers) <= d["high"]
 
@@ -288,14 +290,14 @@ def test_a_wordy_problem_is_the_plain_one_that_asks_for_openings():
         plain, wordy = (toy_env.make_problem(seed, 4, openings=openings) for openings in ("none", kind))
         assert wordy.question == f"{plain.question} {kind} openings" and wordy.image == plain.image
         assert (wordy.cells, wordy.steps, wordy.answer) == (plain.cells, plain.steps, plain.answer)
-        response = toy_env.demonstration(wordy, random.Random(seed))
+        response = demonstration(wordy, random.Random(seed))
         assert toy_env.faithful(wordy, response) and not toy_env.faithful(plain, response)
         bare = re.sub(rf"(^|, |> |\n)({'|'.join(SAY)}) ", r"\1", response)
-        assert bare == toy_env.demonstration(plain)
+        assert bare == demonstration(plain)
         spoken = response.count(" ") - bare.count(" ")
         assert spoken >= {"few": 3, "many": 8}[kind]
         with pytest.raises(ValueError, match="rng is None"):
-            toy_env.demonstration(wordy)
+            demonstration(wordy)
 
 
 def test_a_last_cell_that_is_not_read_and_not_used_is_of_no_consequence():
@@ -321,7 +323,7 @@ def test_no_junk_raises_and_no_false_statement_means_right():
     junk = [*toy_env.TAGS, "٣", "²", "\0", "\ud800", "×", "=", ",", "\n", "-0", "9" * 5000, "white 4", "", "so ", "i see"]
     for i in range(1500):
         p = problems[i % 50]
-        parts = re.split("( )", toy_env.demonstration(p, rng, 0.05, 0.05, 0.05))
+        parts = re.split("( )", demonstration(p, rng, 0.05, 0.05, 0.05))
         for _ in range(rng.randint(0, 2)):
             j, k = sorted(rng.sample(range(len(parts)), 2))
             parts[j:k] = rng.choice([[], [rng.choice(junk)], [rng.choice(junk), *parts[j:k]], parts[j:k] * 2])
@@ -373,7 +375,7 @@ def test_blame_is_the_auroc_of_the_slip():
     rng, seen = random.Random(0), set()
     for i in range(600):
         p = toy_env.make_problem(i, operands=2 + i % 3)
-        response = toy_env.demonstration(p, rng, misread=0.1, slip=0.2)
+        response = demonstration(p, rng, misread=0.1, slip=0.2)
         cuts = sorted(rng.choices(range(len(response)), k=rng.choice((5, 20, 60))))  # alike: an empty piece
         pieces = [response[a:b] for a, b in zip([0, *cuts], [*cuts, None])] + [""]
         advantages = [rng.randint(-4, 4) / 4 for _ in pieces] + [-9.0]  # the last one is padding
@@ -415,14 +417,14 @@ def test_without_carry_by_hand():
     by_hand = {(27, "+", 95): 112, (27, "+", 2): 29, (8, "+", 5): 13, (99, "+", 1): 90, (32, "-", 5): 37,
                (32, "-", 2): 30, (30, "-", 19): 21, (8, "-", 9): -1, (12, "-", 15): -3, (27, "×", 15): 375,
                (19, "×", 9): 91, (7, "×", 8): 56, (10, "×", 9): 90, (-12, "+", 25): 13}
-    assert {sum_: toy_env.without_carry(*sum_) for sum_ in by_hand} == by_hand
+    assert {sum_: without_carry(*sum_) for sum_ in by_hand} == by_hand
 
 
 def test_teacher_slips_at_the_nominal_rates_and_is_consistent():
     rng, alike = random.Random(0), dict(zip("17385649", "71836594"))
     happened = {name: [] for name in ("misread", "seven", "slip", "carry")}
     for p in toy_env.make_problems(600, operands=5, operators="+-×", high=20):
-        response, wrong = toy_env.demonstration(p, rng, misread=0.2, slip=0.1, habit=0.6), []
+        response, wrong = demonstration(p, rng, misread=0.2, slip=0.1, habit=0.6), []
         for cell, m in zip(p.cells, re.finditer(r"([a-z]+) (\d+)", response)):
             number = str(cell.number)
             assert m[1] == cell.colour and m[2] in (number, number[:-1] + alike.get(number[-1], number[-1]))
@@ -431,7 +433,7 @@ def test_teacher_slips_at_the_nominal_rates_and_is_consistent():
             wrong += [m.span()] if m[2] != number else []
         for m in LINE.finditer(response):
             a, operator, b, result = int(m[1]), m[2], int(m[3]), int(m[4])
-            truth, forgetful = compute(a, operator, b), toy_env.without_carry(a, operator, b)
+            truth, forgetful = compute(a, operator, b), without_carry(a, operator, b)
             name = "slip" if forgetful == truth else "carry"
             happened[name].append(result != truth if name == "slip" else result == forgetful)
             assert result == forgetful or abs(result - truth) in (0, 1, 2, 10) and (result >= 0 or truth < 0)
@@ -442,19 +444,19 @@ def test_teacher_slips_at_the_nominal_rates_and_is_consistent():
         n = len(happened[name])
         assert n > 250 and abs(sum(happened[name]) / n - rate) < 4 * (rate * (1 - rate) / n) ** 0.5, name
     for p in toy_env.make_problems(25, operands=8, operators="×", low=0, high=99):  # 0 becomes 10, and grows
-        false = toy_env.false_statements(p, toy_env.demonstration(p, random.Random(0), slip=1.0))
+        false = toy_env.false_statements(p, demonstration(p, random.Random(0), slip=1.0))
         assert [s.kind for s in false] == ["result"] * 7
-        misread = toy_env.demonstration(p, random.Random(0), misread=1.0, habit=1.0)
+        misread = demonstration(p, random.Random(0), misread=1.0, habit=1.0)
         read = [m[1] for m in re.finditer(r"[a-z] (\d+)", misread)][: len(p.cells)]
         assert read == [(t := str(c.number))[:-1] + alike.get(t[-1], t[-1]) for c in p.cells]
     with pytest.raises(ValueError, match="rng is None: expected a random.Random"):
-        toy_env.demonstration(p, slip=0.1)
+        demonstration(p, slip=0.1)
 
 
 def test_a_teacher_that_guesses_says_the_usual_number():
     usual, rng, guessed = {c: i % 9 + 1 for i, c in enumerate(toy_env.COLOURS)}, random.Random(0), []
     for p in toy_env.make_problems(200, operands=5):
-        said = re.findall(r"([a-z]+) (\d+)", toy_env.demonstration(p, rng, guess=0.6).split("</")[0])
+        said = re.findall(r"([a-z]+) (\d+)", demonstration(p, rng, guess=0.6).split("</")[0])
         for cell, (colour, number) in zip(p.cells, said, strict=True):
             assert colour == cell.colour and int(number) in (cell.number, usual[colour])
             guessed += [int(number) == usual[colour]] if cell.number != usual[colour] else []
@@ -482,5 +484,6 @@ def test_worked_examples_and_their_picture(tmp_path, monkeypatch, capsys):
 
 
 def test_doctests():
-    failed, attempted = doctest.testmod(toy_env)
-    assert failed == 0 and attempted >= 4
+    for module, examples in ((toy_env, 3), (teacher, 1)):
+        failed, attempted = doctest.testmod(module)
+        assert failed == 0 and attempted >= examples

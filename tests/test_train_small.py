@@ -33,6 +33,7 @@ import train_small
 from results import curves
 from tiny_vlm import make
 from train_small import INSTRUCTION, Config
+from tiny_vlm.teacher import demonstration
 
 SMALL = dict(micro_batch=0, lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, iterations=2, responses=16,
              mini_batches=2, critic_warmup=0, operands=2, max_tokens=20, eval_problems=4, eval_every=1,
@@ -109,7 +110,7 @@ def spoken(problems, texts, pad="<pad>", width=200):
 
 def demonstrations(n=16, **teacher):
     rng, problems = random.Random(0), [toy_env.make_problem(i // 8, operands=3) for i in range(n)]
-    return problems, [toy_env.demonstration(p, rng, **teacher or make.TEACHER) + "<eos>" for p in problems]
+    return problems, [demonstration(p, rng, **teacher or make.TEACHER) + "<eos>" for p in problems]
 
 
 def case(mini, **changes):

@@ -5,7 +5,7 @@ VLM brings from its own pretraining, and no more:
 
 - Its vision tower learns to tell digits and colours apart, cell by cell, before there is any text. Without
   this the digits stay at chance for 1,000 steps of imitation, long after everything else is learned.
-- It imitates a *sloppy teacher* (toy_env.demonstration). So it reads and computes, but with the teacher's
+- It imitates a *sloppy teacher* (teacher.py). So it reads and computes, but with the teacher's
   slips and habits: these are what reinforcement learning is to remove.
 - An auxiliary linear head learns to tell after every token whether all statements so far are true. The head
   is thrown away; the features it made stay. A critic needs them: a model that has only imitated cannot tell a
@@ -35,6 +35,7 @@ from tqdm import trange
 
 import toy_env
 import train_small
+from tiny_vlm.teacher import demonstration
 
 TEACHER = dict(misread=0.13, slip=0.1, habit=0.6)
 GRID, CELL = 3, 16  # one image token per cell: the patch size is the cell size
@@ -140,7 +141,7 @@ def batch(processor, rng: random.Random, size: int, operands: int, openings: Seq
         for i in range(size)
     ]
     problems = [toy_env.make_problem(rng.getrandbits(48), grid=GRID, cell=CELL, **level) for level in levels]
-    responses = [toy_env.demonstration(p, rng, guess=guess, **TEACHER) for p in problems]
+    responses = [demonstration(p, rng, guess=guess, **TEACHER) for p in problems]
     prompts = ["<image>" + p.question for p in problems]
     inputs = processor(text=prompts, images=[p.image for p in problems], padding=True, return_tensors="pt")
     eos = processor.tokenizer.eos_token
