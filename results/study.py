@@ -103,8 +103,12 @@ STUDIES = {
     "rates": Study("The learning rates tried for each method, on one seed", {
         f"{a}, {1e4 * lr:g}e-4": setting(a, lr=lr) for a in BEST for lr in RATES}, seeds=range(1)),
     "table1": Study("SAPO Table 1: six methods on equally many responses, each at its best learning rate", {
-        **{a: setting(a) for a in BEST}, "sapo, V at last": setting("sapo", value_at="last")},
-        pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"))),
+        **{a: setting(a) for a in BEST}, "sapo, V at last": setting("sapo", value_at="last"),
+        "sapo, lambda 0.99": setting("sapo", lam=0.99), "sapo, lambda 0.8": setting("sapo", lam=0.8),
+        "ppo, lambda 0.99": setting("ppo", lam=0.99)},
+        pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"),
+               *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")),  # as in the papers
+               *(("sapo, lambda 0.8", a) for a in ("ppo, lambda 0.99", "vc-ppo", "grpo")))),  # each at its best
     "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses", {
         **{ratio: setting("sapo", **OFF_POLICY) | dict(ratio=ratio) for ratio in ("token", "segment")},
         **{a: setting(a, **OFF_POLICY) for a in ("ppo", "grpo")}},
