@@ -32,19 +32,17 @@ from transformers.hf_argparser import HfArg
 import sapo
 import srpo
 import toy_env
-from support import run_folder
-from support.run_folder import Stopped, first_line
-from support.vlm_inputs import banned_ids, cut, encode, full_inputs, load_policy, take
+from support import options, run_folder
+from support.run_folder import NotFinite, Stopped, check_finite
+from support.vlm_inputs import banned_ids, encode, full_inputs, load_policy, read_tokens, take
 from toy_env import Problem
 
-HERE = Path(__file__).resolve().parent
-TINY_VLM = str(HERE / "tiny_vlm")
-WORDY = str(HERE / "tiny_vlm" / "wordy")  # the same model, after it learned to talk
-INSTRUCTION = (
+TINY_VLM = str(Path(__file__).resolve().parent / "tiny_vlm")
+WORDY = str(Path(TINY_VLM) / "wordy")  # the same model, after it learned to talk
+INSTRUCTION = (  # for models that do not know the format; tiny_vlm's chat template leaves it out
     "Read the numbers of all cells in reading order inside <perception></perception>, compute from left to "
     "right, one line per operation, inside <think></think>, and give the final number inside "
-    "<answer></answer>."
-)  # for models that do not know the format; tiny_vlm's chat template leaves it out
+    "<answer></answer>.")
 LOGITS = 2**25  # as many are turned to fp32 at a time: 128 MB
 PATCH = 16  # pixels blackened at a time in SRPO's corrupted image: one cell of the toy world
 
@@ -118,13 +116,6 @@ class Config:
         return ALGORITHMS[self.algo]["group"]
 
 
-COUNTS = "iterations", "responses", "mini_batches", "epochs", "eval_every", "eval_problems"
-RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | dict(  # least and most; toy_env checks its own
-    seed=(0, 2**32 - 1), micro_batch=(0, math.inf), critic_warmup=(0, math.inf), max_tokens=(2, math.inf),
-    lr=(1e-12, 1), critic_lr=(1e-12, 1), head_lr=(1e-12, 1), temperature=(0.01, 100), top_percent=(0.01, 100),
-    gamma=(0, 1), lam=(0, 1), lam_returns=(0, 1), kl_coef=(0, 100), clip_low=(0, 1), clip_high=(0, 100))
-
-
 def complete(config: Config) -> Config:
     """The config with every None replaced (but for GAE's, where there is no critic), or ValueError before any
     work is done."""
@@ -136,40 +127,17 @@ def complete(config: Config) -> Config:
     if own == TINY_VLM and config.openings != "none":
         raise ValueError(f"model is {config.model!r}: expected {WORDY}, which knows the openings")
     defaults = dict(clip_low=0.2, clip_high=0.2, lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048,
-                    micro_batch=2)
-    defaults |= ALGORITHMS[config.algo] | dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
+                    micro_batch=2, device=options.best_device(), out=f"runs/{config.algo}-{config.seed}")
+    defaults |= ALGORITHMS[config.algo]
     if own in (TINY_VLM, WORDY):  # tuned on them; lambda for a dozen segments
         defaults |= dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, max_tokens=16 * config.operands + 40)
         defaults |= dict(micro_batch=0) | (dict(lam=0.9) if config.algo == "sapo" else {})
-    for name in ("lam", "lam_returns"):
-        if not config.critic and getattr(config, name) is not None:
-            raise ValueError(f"{name} is {getattr(config, name)}: expected none, as {config.algo} has no "
-                             "critic")
     names = [name for name in defaults if name not in ("critic", "group") and getattr(config, name) is None]
     config = replace(config, **{name: defaults[name] for name in names})
-    for name, (low, high) in RANGES.items():
-        number = getattr(config, name)
-        if number is not None and not low <= number <= high:
-            raise ValueError(f"{name} is {number}: expected a number from {low:g} to {high:g}")
-    if config.algo == "gspo" and config.kl_coef:
-        raise ValueError(f"kl_coef is {config.kl_coef}: expected 0 for gspo, which has no reference")
-    if config.critic and config.critic_warmup >= config.iterations:
-        raise ValueError(f"critic_warmup is {config.critic_warmup}: expected 0 or more, and less than the "
-                         f"{config.iterations} iterations, or the policy never learns")
-    if config.responses % (config.group * config.mini_batches):
-        raise ValueError(f"responses is {config.responses}: expected a multiple of {config.mini_batches} "
-                         f"mini-batches × {config.group} responses per prompt")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {config.device!r}: expected one of this machine ({first_line(error)})")
+    options.check(config)
     for prior in (config.prior, 0.0, float(config.prior > 0)):  # raises for one that cannot be drawn
         toy_env.make_problem(0, prior=prior, **difficulty(config))
     return config
-
-
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 # --------------------------------------------------------------------------------------------- model and data
@@ -245,7 +213,7 @@ class Rollout(NamedTuple):
 def rollout(policy, processor, task: Task, problems: list[Problem], max_tokens: int, temperature: float = 1.0,
             top_p: float = 1.0, greedy: bool = False, micro_batch: int = 0) -> Rollout:
     """Sample one response for each problem. For training, top_p must be 1: scoring knows of no cut-off."""
-    tokenizer, known, banned = processor.tokenizer, policy.generation_config, banned_ids(policy)
+    known, banned = policy.generation_config, banned_ids(policy)
     images, questions = [p.image for p in problems], [p.question for p in problems]
     inputs = encode(processor, task.instruction, images, questions, policy.device)
     settings = transformers.GenerationConfig(
@@ -259,12 +227,7 @@ def rollout(policy, processor, task: Task, problems: list[Problem], max_tokens: 
     mask = is_eos.cumsum(1) - is_eos.long() == 0  # by position, not by id: pad may be eos
     T = int(mask.sum(1).max())
     ids, mask, truncated = ids[:, :T], mask[:, :T], ~is_eos.any(1)
-    responses = [row[keep].tolist() for row, keep in zip(ids, mask)]
-    piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in ids.unique().tolist()}
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    pieces = [[piece[i] for i in row] for row in responses]
-    pieces = [row if "".join(row) == text else cut(tokenizer, tokens, text)
-              for row, tokens, text in zip(pieces, responses, texts)]
+    pieces, texts = read_tokens(processor.tokenizer, ids, mask)
     return Rollout(task, problems, inputs, ids, mask, truncated, pieces, texts)
 
 
@@ -405,16 +368,6 @@ def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: 
     return sapo.policy_loss(log_probs, scored.log_probs, credit.advantages, credit.ends, mask, **clips)
 
 
-class NotFinite(ArithmeticError):
-    """The name of a quantity that is nan or infinite."""
-
-
-def check_finite(**quantities: Tensor) -> None:
-    for name, x in quantities.items():
-        if not x.isfinite().all():
-            raise NotFinite(name)
-
-
 # ----------------------------------------------------------------------------------------------------- update
 def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollout, scored: Scored,
            credit: Credit, learn_policy: bool = True) -> dict[str, float]:
@@ -449,8 +402,7 @@ def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollou
             if learn_policy:
                 total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
             norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) for model, _ in optimizers]
-            for norm in norms:
-                check_finite(grad_norm=norm)
+            check_finite(grad_norm=torch.stack(norms))
             for (model, optimizer), norm in zip(optimizers, norms):
                 if model is policy and learn_policy:
                     total["grad_norm"] += float(norm) / steps
@@ -538,12 +490,6 @@ def prepare(config: Config, make_task: Callable | None = None, load_models: Call
     return run
 
 
-def train(config: Config, on_iteration: Callable | None = None) -> tuple:
-    """`prepare` and `learn`. -> policy, processor, critic, and what `learn` returns."""
-    run = prepare(config)
-    return run.policy, run.processor, run.critic, *learn(run, on_iteration)
-
-
 def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambda: False) -> tuple:
     """The loop, until the last iteration or `stop()`. Writes OUT/metrics.jsonl, and a checkpoint at each
     evaluation. -> the metrics, a dict for each iteration, the first before any update; and the responses to
@@ -580,9 +526,8 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
                 after, found = last.texts, found | evaluation
             if on_iteration and credit:
                 found |= on_iteration(i, policy, critic, roll, scored, credit) or {}
-            seconds = round(time.time() - start, 2)
-            row = dict(iteration=i, responses=i * config.responses, seconds=seconds) | found
-            history.append(run_folder.log(out, row))
+            passed = dict(iteration=i, responses=i * config.responses, seconds=round(time.time() - start, 2))
+            history.append(run_folder.log(out, passed | found))
             for sentence in set(run_folder.complaints(history, warmup)) - said:
                 tqdm.write(f"iteration {i}: {sentence}", file=sys.stderr)
                 said.add(sentence)
@@ -636,18 +581,13 @@ def take_prompts(config: Config, task: Task) -> list[Problem]:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def parse_arguments(arguments: list[str] | None = None, kind: type = Config) -> Config:
-    """The command line: one flag for each field of Config."""
-    return run_folder.parse_arguments(kind, __doc__.split("\n")[0], arguments)
-
-
 def main(name: str = "train_small.py", kind: type = Config, begin: Callable = prepare) -> None:
     """The command. `begin` makes a Run of a config of this kind."""
     signals, start = run_folder.note_signals(), time.time()
     sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     transformers.utils.logging.disable_progress_bar()
     try:
-        run = begin(parse_arguments(kind=kind))
+        run = begin(options.parse_arguments(kind, __doc__.split("\n")[0]))
     except (ValueError, OSError) as error:
         run_folder.leave(name, error, 2)
     config, out = run.config, Path(run.config.out)

@@ -20,6 +20,7 @@ import transformers
 import sapo
 import toy_env
 import train_small
+from support.options import parse_arguments
 
 
 # ----------------------------------------------------------------------------------------------------- phases
@@ -98,12 +99,12 @@ def peak_memory(device: str) -> float:
 
 # -------------------------------------------------------------------------------------------------------- TRL
 def ours(iterations: int) -> float:
-    """Seconds per iteration of train_small.train, without its evaluations."""
+    """Seconds per iteration of train_small.learn, without its evaluations."""
     marks = []
     with tempfile.TemporaryDirectory() as out:
         more = dict(eval_every=10**6, eval_problems=8, lr=1e-6, out=out)
         config = train_small.Config(algo="grpo", iterations=iterations + 2, **more)
-        train_small.train(config, on_iteration=lambda *_: marks.append(time.perf_counter()))
+        train_small.learn(train_small.prepare(config), lambda *_: marks.append(time.perf_counter()))
     return (marks[-2] - marks[0]) / iterations  # the last iteration ends with an evaluation
 
 
@@ -151,7 +152,7 @@ def main() -> None:
     if sys.argv[1:] == ["--trl"]:
         compare()
     else:
-        bench(train_small.parse_arguments())
+        bench(parse_arguments(train_small.Config, __doc__.split("\n")[0]))
 
 
 if __name__ == "__main__":

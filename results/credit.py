@@ -156,7 +156,7 @@ def measure(options: dict) -> dict:
                 rows.extend(dict(seed=seed, iteration=i, **row) for row in found)
 
     with tempfile.TemporaryDirectory() as out:
-        train_small.train(replace(config, out=out), watch)
+        train_small.learn(train_small.prepare(replace(config, out=out)), watch)
     return dict(rows=rows, points=points)
 
 

@@ -11,22 +11,29 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import datasets
 import torch
 import transformers
-from transformers.hf_argparser import HfArgumentParser
 
 FORM = 1  # of a checkpoint
-MAY_CHANGE = "iterations", "device", "out", "resume"  # where a run goes on
 PHASES = "evaluate", "rollout", "score_all", "assign_credit", "update"  # one of them is out of memory
 
 
 class Stopped(RuntimeError):
     """Why a run ends before its time."""
+
+
+class NotFinite(ArithmeticError):
+    """The name of a quantity that is nan or infinite."""
+
+
+def check_finite(**quantities: torch.Tensor) -> None:
+    for name, x in quantities.items():
+        if not x.isfinite().all():
+            raise NotFinite(name)
 
 
 def first_line(error: Exception) -> str:
@@ -95,27 +102,6 @@ def log(out: Path, row: dict) -> dict:
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     return row
-
-
-def parse_arguments(kind: type, description: str, arguments: list[str] | None = None):
-    """The command line as a dataclass of this kind, a flag for each field; `resume` and `out` must be among
-    them. With --resume, the settings are those in that run's folder."""
-    parser = HfArgumentParser(kind, description=description)
-
-    def refuse(message):
-        raise ValueError(message)
-
-    parser.error = refuse  # without the usage of 40 options before it
-    config = parser.parse_args_into_dataclasses(arguments)[0]
-    if config.resume is None:
-        return config
-    saved = {k: v for k, v in settings(config.resume).items() if k not in ("resume", "out")}
-    parser.set_defaults(**saved)
-    config = parser.parse_args_into_dataclasses(arguments)[0]
-    for name, value in saved.items():
-        if name not in MAY_CHANGE and getattr(config, name) != value:
-            raise ValueError(f"{name} is {getattr(config, name)}: expected {value}, as in {config.resume}")
-    return replace(config, out=config.resume)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

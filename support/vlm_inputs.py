@@ -86,6 +86,16 @@ def take(inputs: dict[str, Tensor], rows: Tensor, image_ids: list[int] = ()) -> 
     return taken
 
 
+def read_tokens(tokenizer, ids: Tensor, mask: Tensor) -> tuple[list[list[str]], list[str]]:
+    """The text of each token of each response, "" for special ones, and that of the whole. ids, mask (B, T)."""
+    responses = [row[keep].tolist() for row, keep in zip(ids, mask)]
+    piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in ids.unique().tolist()}
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    pieces = [[piece[i] for i in row] for row in responses]
+    return [row if "".join(row) == text else cut(tokenizer, tokens, text)
+            for row, tokens, text in zip(pieces, responses, texts)], texts
+
+
 def cut(tokenizer, ids: list[int], text: str) -> list[str]:
     """The text of each token where one alone reads otherwise: a leading space is lost, bytes are no
     character yet. Each is read after those before it; bytes belong to the token that completes them."""

@@ -271,7 +271,7 @@ def test_micro_batches_and_pieces_of_logits_give_the_gradient_of_the_whole_batch
 @pytest.mark.parametrize("algo", ["sapo", "srpo", "grpo"])
 def test_trains(family, algo, coin, tmp_path):
     config = small(family, algo=algo, micro_batch=5 * (algo == "srpo"), out=str(tmp_path / "run"))
-    *_, history, _ = train_small.train(config)
+    history, _ = train_small.learn(train_small.prepare(config))
     assert len(history) == 3 and all(row["grad_norm"] > 0 for row in history[1:])
     assert history[1]["first_ratio_deviation"] < 1e-4 and abs(history[1]["kl_to_start"]) < 1e-5
     assert history[2]["kl_to_start"] != 0 and (algo != "sapo" or history[2]["value_loss"] > 0)
@@ -294,5 +294,5 @@ def test_trains_on_the_columns_of_geometry3k(family, held_out, tmp_path, monkeyp
     stream, evaluated = task.stream, task.held_out
     assert {next(stream).question for _ in range(16)} == {p.question for p in drawn[:16]}
     assert len(evaluated) == 4 and {p.question for p in evaluated} <= {p.question for p in drawn[16:]}
-    *_, history, _ = train_small.train(config)
+    history, _ = train_small.learn(train_small.prepare(config))
     assert history[1]["first_ratio_deviation"] < 1e-4 and history[2]["kl_to_start"] != 0

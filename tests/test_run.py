@@ -140,7 +140,10 @@ def test_killed_at_twenty_moments_it_ends_as_if_it_never_was(server, uninterrupt
             shutil.rmtree(out, ignore_errors=True)
         pid = start(*([f"--resume={out}"] if begun else begin))
         if kills < 20:
-            time.sleep(rng.uniform(0.0, min(1.0, seconds / 4)))
+            writes = kills % 2  # each second time, while a checkpoint is being written
+            until = time.time() + (seconds / 2 if writes else rng.uniform(0.0, min(1.0, seconds / 4)))
+            while time.time() < until and not (writes and (out / "checkpoint.tmp").exists()):
+                time.sleep(0.0005)
             os.kill(pid, signal.SIGKILL)
         code, log = finish()
         if code != -signal.SIGKILL:
@@ -183,11 +186,12 @@ def test_a_data_set_goes_on_where_it_was(mini, tmp_path, coin, capsys):
     (tmp_path / "data").mkdir()
     toy_env.make_dataset(21, operands=2).to_parquet(tmp_path / "data" / "train.parquet")
     config = small(mini, tmp_path / "whole", dataset=str(tmp_path / "data"), responses=6)
-    train_small.train(config)
+    train_small.learn(train_small.prepare(config))
     run = train_small.prepare(replace(config, out=str(tmp_path / "run")))
     train_small.learn(run, stop=lambda: (tmp_path / "run" / "checkpoint-00002.pt").exists())
     assert len(metrics(tmp_path / "run")) == 3
-    train_small.train(replace(config, resume=str(tmp_path / "run"), out=str(tmp_path / "run")))
+    again = replace(config, resume=str(tmp_path / "run"), out=str(tmp_path / "run"))
+    train_small.learn(train_small.prepare(again))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
@@ -205,7 +209,7 @@ class Code:
 @pytest.fixture(scope="module")
 def finished(mini, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
-    train_small.train(small(mini, out))
+    train_small.learn(train_small.prepare(small(mini, out)))
     return out
 
 
@@ -325,7 +329,7 @@ def test_no_step_is_taken_with_what_is_not_finite(mini, tmp_path, monkeypatch, n
 
     monkeypatch.setattr(train_small, "iterate", second)
     monkeypatch.setattr(toy_env, "reward", lambda problem, text: float(len(text) % 2))
-    *_, history, _ = train_small.train(config)
+    history, _ = train_small.learn(train_small.prepare(config))
     assert [row.get("not_finite") for row in history[1:]] == [None, name, None, None]
     assert all(torch.equal(a, b) for a, b in zip(weights[1], weights[2]))
     assert not all(torch.equal(a, b) for a, b in zip(weights[2], weights[3]))

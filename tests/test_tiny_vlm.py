@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_a_model_that_goes_on_learns_new_words(tmp_path, monkeypatch):
 
 
 def test_shipped_model_has_as_many_parameters_as_the_texts_say():
-    with safe_open(train_small.HERE / "tiny_vlm" / "model.safetensors", "pt") as file:
+    with safe_open(Path(train_small.TINY_VLM) / "model.safetensors", "pt") as file:
         n = sum(file.get_tensor(name).numel() for name in file.keys())
     assert f"of {n / 1e6:.1f} million parameters" in " ".join(make.__doc__.split())
-    assert f"{n:,} parameters" in (train_small.HERE / "tiny_vlm" / "README.md").read_text(encoding="utf-8")
+    assert f"{n:,} parameters" in (Path(train_small.TINY_VLM) / "README.md").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ import sys
 import zlib
 from collections import defaultdict
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -31,9 +32,10 @@ import srpo
 import toy_env
 import train_small
 from results import curves
+from support import options
 from tiny_vlm import make
-from train_small import INSTRUCTION, Config
 from tiny_vlm.teacher import demonstration
+from train_small import INSTRUCTION, Config
 
 SMALL = dict(micro_batch=0, lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, iterations=2, responses=16,
              mini_batches=2, critic_warmup=0, operands=2, max_tokens=20, eval_problems=4, eval_every=1,
@@ -563,7 +565,8 @@ def test_metrics_of_an_iteration_match_loops(mini, monkeypatch):
 def test_every_algorithm_runs(mini, tmp_path, coin, algo):
     config, asked = small(mini, algo=algo, out=str(tmp_path), mini_batches=1, critic_warmup=1), []
     hook = lambda i, policy, critic, roll, scored, credit: asked.extend(roll.problems) or dict(mine=i)
-    policy, _, _, history, texts = train_small.train(config, hook)
+    run = train_small.prepare(config)
+    history, texts = train_small.learn(run, hook)
     rows, critic = logged(tmp_path), algo in ("sapo", "ppo", "vc-ppo")
     numbers = [(r["iteration"], r["responses"], r.get("mine")) for r in rows]
     assert rows == history and numbers == [(0, 0, None), (1, 16, 1), (2, 32, 2)]
@@ -577,7 +580,7 @@ def test_every_algorithm_runs(mini, tmp_path, coin, algo):
     assert len({id(p) for p in asked}) == 32 // group and [*map(len, texts)] == [4, 4]
     said = [repr((tuple(map(tuple, p.cells)), p.question)).encode() for p in held_out + asked]
     assert [zlib.crc32(x) % 8 == 0 for x in said] == [True] * 4 + [False] * 32  # one in eight is held out
-    assert not torch.equal(policy.lm_head.weight, train_small.load(config)[0].lm_head.weight)
+    assert not torch.equal(run.policy.lm_head.weight, train_small.load(config)[0].lm_head.weight)
 
 
 def test_same_seed_same_metrics_and_evaluating_changes_nothing(mini, tmp_path, coin, monkeypatch):
@@ -586,7 +589,7 @@ def test_same_seed_same_metrics_and_evaluating_changes_nothing(mini, tmp_path, c
     monkeypatch.setattr(train_small, "update", lambda *args, **more: note(args[3]) or update(*args, **more))
     for i, changes in enumerate([dict(), dict(eval_every=3), dict(seed=1)]):
         changes |= dict(out=str(tmp_path / str(i)), iterations=4, critic_warmup=1, lr=3e-3, critic_lr=1e-3)
-        held_out.append(train_small.train(small(mini, **changes))[-1][0])
+        held_out.append(train_small.learn(train_small.prepare(small(mini, **changes)))[1][0])
         runs.append([{k: v for k, v in row.items() if k != "seconds"} for row in logged(tmp_path / str(i))])
     assert ["accuracy_paper" in row for row in runs[1]] == [True, False, False, True, True]
     assert [{k: v for k, v in row.items() if k in short} for row, short in zip(*runs[:2])] == runs[1]
@@ -630,7 +633,7 @@ def test_trains_on_a_data_set_and_saves(mini, tmp_path, monkeypatch, capsys, coi
     assert held_out == again and len(held_out) == 6 and not held_out & {*first} and first != second
     assert held_out | {*first} == {key(p) for p in toy_env.make_problems(24, operands=2)}
     with pytest.raises(ValueError, match="expected a column 'answer'"):
-        train_small.train(small(mini, dataset=str(tmp_path / "bad"), out=str(tmp_path / "none")))
+        train_small.prepare(small(mini, dataset=str(tmp_path / "bad"), out=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -644,7 +647,7 @@ def test_trains_on_a_data_set_and_saves(mini, tmp_path, monkeypatch, capsys, coi
 def test_bad_settings_stop_before_any_work(tmp_path, monkeypatch, capsys, changes, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        train_small.train(Config(model="no such model", **changes))
+        train_small.prepare(Config(model="no such model", **changes))
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, **changes)
     assert stop.value.code != 0 and re.search(message, str(stop.value.code) + capsys.readouterr().err)
@@ -659,8 +662,9 @@ def test_command_line(monkeypatch, capsys):
             runpy.run_path(train_small.__file__, run_name="__main__")
         assert re.search(words, "".join(capsys.readouterr()) + str(stop.value.code))
         assert (stop.value.code == 0) == (arguments == "--help")
-    assert train_small.parse_arguments([]) == Config()
-    some = train_small.parse_arguments("--algo srpo --lr 1e-3 --whiten --kl-coef 0 --max-tokens 9".split())
+    parse = partial(options.parse_arguments, Config, "")
+    assert parse([]) == Config()
+    some = parse("--algo srpo --lr 1e-3 --whiten --kl-coef 0 --max-tokens 9".split())
     assert some == Config(algo="srpo", lr=1e-3, whiten=True, kl_coef=0.0, max_tokens=9)
     assert train_small.complete(some).kl_coef == 0  # 0 is not None
     for openings, model in (("none", train_small.TINY_VLM), ("few", train_small.WORDY)):

@@ -35,6 +35,7 @@ from tqdm import trange
 
 import toy_env
 import train_small
+from support.options import best_device
 from tiny_vlm.teacher import demonstration
 
 TEACHER = dict(misread=0.13, slip=0.1, habit=0.6)
@@ -276,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--truth", type=float, default=1.0, help="weight of the auxiliary head; 0: none")
     parser.add_argument("--card-problems", type=int, default=512, help="held-out problems a row of the card")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the demonstrations")
-    parser.add_argument("--device", default=train_small.best_device(), help="cuda, mps or cpu")
+    parser.add_argument("--device", default=best_device(), help="cuda, mps or cpu")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     processor, start = make_processor(wordy=options.openings != ["none"]), time.time()
