@@ -15,14 +15,13 @@ result with its own operands. So it knows where a response goes wrong, and `blam
 (a number per token) say so: the ground truth of credit assignment, which no real benchmark has.
 
 Read in this order: make_problem → reward → statements (first_error, false_statements, faithful, perception)
-→ blame → make_dataset. `python toy_env.py` shows some problems. This file needs Pillow and datasets and knows
-nothing of the algorithms.
+→ blame → make_dataset. `python -m tiny_vlm.teacher` shows some problems. This file needs Pillow and datasets
+and knows nothing of the algorithms.
 """
 
 import itertools
 import random
 import re
-import sys
 import zlib
 from dataclasses import dataclass
 from statistics import fmean
@@ -393,28 +392,3 @@ def make_dataset(n: int, seed: int = 0, **difficulty) -> "datasets.Dataset":
     problems = make_problems(n, seed, **difficulty)
     columns = {name: [getattr(p, name) for p in problems] for name in ("image", "question", "answer")}
     return datasets.Dataset.from_dict(columns)
-
-
-# ---------------------------------------------------------------------------------------- a look at the world
-def main() -> None:
-    """Three worked examples, printed, and a picture of their images."""
-    from tiny_vlm.teacher import demonstration  # who makes mistakes
-
-    out = sys.argv[1] if len(sys.argv) > 1 else "toy_env.png"
-    rng, picture = random.Random(1), Image.new("RGB", (810, 224), "white")
-    for x, operands in (10, 2), (280, 3), (550, 4):
-        problem = make_problem(0, operands, operators="+-×")
-        response = demonstration(problem, rng, misread=0.13, slip=0.1, habit=0.6)
-        error = first_error(problem, response)
-        found = f"{error.kind} {response[error.start:error.end]!r}" if error else "none"
-        print(f"question  {problem.question}   answer {problem.answer}\n{response}")
-        print(f"reward {reward(problem, response):.0f}   first error: {found}\n")
-        question = problem.question.replace("×", "x")  # the font has no ×
-        ImageDraw.Draw(picture).text((x, 8), question, fill="black")
-        picture.paste(problem.image.resize((192, 192), Image.Resampling.NEAREST), (x, 24))
-    picture.save(out)
-    print(f"wrote {out}")
-
-
-if __name__ == "__main__":
-    main()

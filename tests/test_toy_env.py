@@ -477,8 +477,8 @@ def test_dataset_survives_disk_and_parquet(tmp_path):
 
 
 def test_worked_examples_and_their_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["toy_env.py", str(tmp_path / "examples.png")])
-    toy_env.main()
+    monkeypatch.setattr(sys, "argv", ["teacher", str(tmp_path / "examples.png")])
+    teacher.main()
     assert capsys.readouterr().out.count("question ") == 3
     assert Image.open(tmp_path / "examples.png").size == (810, 224)
 

@@ -1,8 +1,14 @@
-"""The sloppy teacher: tiny_vlm imitates its responses, and reinforcement learning is to remove its slips."""
+"""The sloppy teacher: tiny_vlm imitates its responses, and reinforcement learning is to remove its slips.
+
+    python -m tiny_vlm.teacher [PICTURE]     three problems, its responses, and what is wrong in them
+"""
 
 import random
+import sys
 
-from toy_env import OPENED, OPENINGS, OPERATORS, Problem, usual_number
+from PIL import Image, ImageDraw
+
+from toy_env import OPENED, OPENINGS, OPERATORS, Problem, first_error, make_problem, reward, usual_number
 
 LOOK_ALIKE = {"1": "7", "7": "1", "3": "8", "8": "3", "5": "6", "6": "5", "4": "9", "9": "4"}
 
@@ -56,3 +62,25 @@ def without_carry(left: int, operator: str, right: int) -> int:
     if left < 10 or result < 0:
         return result
     return result - 10 * (ones // 10)  # ones // 10 is the carry: 1 for 7 + 5, -1 for 2 - 5, 2 for 7 × 3
+
+
+def main() -> None:
+    """Three worked examples, printed, and a picture of their images."""
+    out = sys.argv[1] if len(sys.argv) > 1 else "toy_env.png"
+    rng, picture = random.Random(1), Image.new("RGB", (810, 224), "white")
+    for x, operands in (10, 2), (280, 3), (550, 4):
+        problem = make_problem(0, operands, operators="+-×")
+        response = demonstration(problem, rng, misread=0.13, slip=0.1, habit=0.6)
+        error = first_error(problem, response)
+        found = f"{error.kind} {response[error.start:error.end]!r}" if error else "none"
+        print(f"question  {problem.question}   answer {problem.answer}\n{response}")
+        print(f"reward {reward(problem, response):.0f}   first error: {found}\n")
+        question = problem.question.replace("×", "x")  # the font has no ×
+        ImageDraw.Draw(picture).text((x, 8), question, fill="black")
+        picture.paste(problem.image.resize((192, 192), Image.Resampling.NEAREST), (x, 24))
+    picture.save(out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
