@@ -191,7 +191,7 @@ STUDIES = {
         "segment, half the rate": setting("sapo", **REPORT, **OFF_POLICY, lr=8e-5) | SEGMENT,
         "ppo, half the rate": setting("ppo", **REPORT, **OFF_POLICY, lr=8e-5)},
         columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
-        pairs=(("segment", "token"), ("segment", "ppo"))),
+        pairs=(("segment", "token"), ("segment", "ppo"), ("segment, half the rate", "ppo, half the rate"))),
 }
 
 
