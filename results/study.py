@@ -40,6 +40,8 @@ LAMBDAS = (0.8, 0.9, 0.95, 0.99, 1.0)
 TALK = dict(openings="many")
 REPORT = TALK | dict(eval_problems=1024)
 OFF_POLICY = dict(responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2)
+POLICIES = {"on-policy": {}, "off-policy": OFF_POLICY,
+            "off-policy at half the rate": OFF_POLICY | dict(lr=8e-5)}
 SEGMENT = dict(ratio="segment")  # said where Table 2's ablation is made
 RATES = (8e-5, 1.6e-4, 3.2e-4)  # tried for each method on seed 0 (study rates); the best by accuracy_paper:
 BEST = {"grpo": 1.6e-4, "gspo": 3.2e-4, "ppo": 1.6e-4, "vc-ppo": 1.6e-4, "sapo": 1.6e-4, "srpo": 1.6e-4}
@@ -174,12 +176,12 @@ STUDIES = {
         seeds=range(3), columns=(*BASE, "entropy", "response_length"), curves=("idle", "recall")),
     "openings": Study("SAPO minus PPO: when do segments pay?", {
         f"{a}, {policy}, {kind}": setting(a, **how, **more) | (SEGMENT if a == "sapo" and how else {})
-        for policy, how in (("on-policy", {}), ("off-policy", OFF_POLICY))
+        for policy, how in POLICIES.items()
         for kind, more in (("none", {}), ("few", REPORT | dict(openings="few")), ("many", REPORT))
         for a in ("ppo", "sapo")}, columns=(*ACCURACY, "responses_to_80"), against="idle",
         curves=("accuracy_sampled", "accuracy_greedy", "faithful_sampled"),
         pairs=tuple((f"sapo, {policy}, {kind}", f"ppo, {policy}, {kind}")
-                    for policy in ("on-policy", "off-policy") for kind in toy_env.OPENED)),
+                    for policy in POLICIES for kind in toy_env.OPENED)),
     "wordy-table1": Study("SAPO Table 1 in a world that talks", {
         **{a: setting(a, **REPORT) for a in ("grpo", "ppo", "sapo", "srpo")},
         "ppo, lambda 0.9": setting("ppo", **REPORT, lam=0.9),
@@ -466,10 +468,11 @@ def draw(name: str, panels: dict) -> None:
     for axis, (metric, its) in zip(axes, panels.items()):
         for i, (label, points) in enumerate(its.items()):
             if against == "idle":  # each seed by itself, as one may be far away
-                seeds = [(x, y) for x, ys in points.items() for y in ys]
+                aside = 0.008 * (i - 1)  # beside those of the other lines
+                seeds = [(x + aside, y) for x, ys in points.items() for y in ys]
                 axis.plot(*zip(*seeds), "o", color=f"C{i}", alpha=0.6)
-                axis.plot(sorted(points), [median(points[x]) for x in sorted(points)], color=f"C{i}",
-                          label=f"{label}, median")
+                middles = [(x + aside, median(points[x])) for x in sorted(points)]
+                axis.plot(*zip(*middles), "_-", color=f"C{i}", markersize=14, label=f"{label}, median")
             elif points:
                 middle, low, high = zip(*(interval(points[at]) for at in sorted(points)))
                 axis.plot(sorted(points), middle, color=f"C{i}", label=label)
