@@ -161,7 +161,8 @@ def test_gains_are_drawn_over_the_share_that_decides_nothing(monkeypatch):
     for panel in panels.values():
         assert {policy: {round(x, 4): y for x, y in line.items()} for policy, line in panel.items()} == {
             "on-policy": dict.fromkeys((0.1, 0.5), [1, 1.5]),
-            "off-policy": dict.fromkeys((0.1, 0.3, 0.5), [1, 1.5])}
+            "off-policy": dict.fromkeys((0.1, 0.3, 0.5), [1, 1.5]),
+            "off-policy at half the rate": dict.fromkeys((0.1, 0.3, 0.5), [1, 1.5])}
 
 
 def test_t_is_students():
