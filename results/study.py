@@ -35,18 +35,20 @@ HERE = Path(__file__).parent
 
 # The setting of the studies: a chain long enough, and few enough responses, that nothing saturates.
 SETTING = dict(operands=6, iterations=40, eval_every=40)
-TUNING = (100, 101)  # the seeds that decide λ and rates in the world that talks; seeds 0 to 4 are reported
+WIDE = dict(eval_problems=1024)  # for what is reported: one problem is 0.001
+TUNING = (100, 101)  # the seeds that decide λ and rates; seeds 0 to 4 are reported
 LAMBDAS = (0.8, 0.9, 0.95, 0.99, 1.0)
 TALK = dict(openings="many")
-REPORT = TALK | dict(eval_problems=1024)
+REPORT = TALK | WIDE
 OFF_POLICY = dict(responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2)
 POLICIES = {"on-policy": {}, "off-policy": OFF_POLICY,
             "off-policy at half the rate": OFF_POLICY | dict(lr=8e-5)}
 SEGMENT = dict(ratio="segment")  # said where Table 2's ablation is made
-RATES = (8e-5, 1.6e-4, 3.2e-4)  # tried for each method on seed 0 (study rates); the best by accuracy_paper:
-BEST = {"grpo": 1.6e-4, "gspo": 3.2e-4, "ppo": 1.6e-4, "vc-ppo": 1.6e-4, "sapo": 1.6e-4, "srpo": 1.6e-4}
+RATE = {"grpo": 1.6e-4, "gspo": 3.2e-4, "ppo": 1.6e-4, "vc-ppo": 1.6e-4, "sapo": 1.6e-4, "srpo": 1.6e-4}
 OWN_LAMBDA = {"sapo": 0.9, "ppo": 0.95, "vc-ppo": 0.99}  # train_small.py's, in the world that does not talk
-BEST_LAMBDA = {"sapo": dict(lam=0.8), "ppo": dict(lam=0.99)}  # of study lambda, where that is another
+BEST = {"grpo": dict(lr=3.2e-4), "ppo": dict(lam=0.99), "sapo": dict(lam=0.8)}  # on TUNING, if another
+RATES = dict.fromkeys(RATE, (8e-5, 1.6e-4, 3.2e-4)) | {  # tried, at the best λ
+    "grpo": (8e-5, 1.6e-4, 3.2e-4, 6.4e-4), "gspo": (1.6e-4, 3.2e-4, 6.4e-4)}
 TUNED = {"grpo": {}, "gspo": {}, "srpo": {}, "ppo": dict(lam=0.95), "vc-ppo": dict(lam=0.99),
          "sapo": dict(lam=0.9)}  # in the world that talks: the same, until study wordy-lambda is whole
 SAID = {"sapo": dict(value_at="start"), "srpo": dict(contrast="blind")}
@@ -75,7 +77,7 @@ def setting(algo: str, **options) -> dict:
     contrast. λ is never left to chance in the world that talks, and nothing is for a model of MADE:
     train_small.py would give it the paper's values.
     """
-    base = dict(SETTING, algo=algo, lr=BEST[algo]) | SAID.get(algo, {})
+    base = dict(SETTING, algo=algo, lr=RATE[algo]) | SAID.get(algo, {})
     if "openings" in options:
         base |= TUNED[algo]
     if options.get("model") in MADE:
@@ -103,15 +105,19 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "rates": Study("The learning rates tried for each method, on one seed", {
-        f"{a}, {1e4 * lr:g}e-4": setting(a, lr=lr) for a in BEST for lr in RATES}, seeds=range(1)),
-    "table1": Study("SAPO Table 1: six methods on equally many responses, each at its best learning rate", {
-        **{a: setting(a) for a in BEST}, "sapo, V at last": setting("sapo", value_at="last"),
-        "sapo, lambda 0.99": setting("sapo", lam=0.99),
-        **{f"{a}, lambda {its['lam']}": setting(a, **its) for a, its in BEST_LAMBDA.items()}},
-        pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"),
-               *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")),  # as in the papers
-               *(("sapo, lambda 0.8", a) for a in ("ppo, lambda 0.99", "vc-ppo", "grpo")))),  # each at its best
+    "rates": Study("The learning rates tried for each method at its best λ, on seeds of their own", {
+        f"{a}, {1e4 * lr:g}e-4": setting(a, **BEST.get(a, {}) | dict(lr=lr))
+        for a, rates in RATES.items() for lr in rates}, seeds=TUNING),
+    "table1": Study("SAPO Table 1: six methods on equally many responses", {
+        a: setting(a) for a in RATE},
+        pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"))),
+    "choices": Study("Table 1 with V as in the official code, the paper's λ, or tuned on other seeds", {
+        **{a: setting(a) for a in ("grpo", "ppo", "vc-ppo", "srpo")},
+        "sapo, V at last": setting("sapo", value_at="last"), "sapo, lambda 0.99": setting("sapo", lam=0.99),
+        **{f"{a}, tuned": setting(a, **its) for a, its in BEST.items()}},
+        pairs=(*(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")),
+               *(("sapo, tuned", a) for a in ("ppo, tuned", "vc-ppo", "grpo, tuned")),
+               ("srpo", "grpo, tuned"))),
     "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses", {
         **{ratio: setting("sapo", **OFF_POLICY) | dict(ratio=ratio) for ratio in ("token", "segment")},
         **{a: setting(a, **OFF_POLICY) for a in ("ppo", "grpo")}},
@@ -119,6 +125,9 @@ STUDIES = {
         pairs=tuple(("segment", other) for other in ("token", "ppo", "grpo"))),
     "table3": Study("SAPO Table 3: where segments end", {
         s: setting("sapo", segments=s) for s in train_small.SEGMENTS},
+        pairs=tuple(("entropy", other) for other in train_small.SEGMENTS[1:])),
+    "wordy-table3": Study("SAPO Table 3 in a world that talks", {
+        s: setting("sapo", **REPORT, segments=s) for s in train_small.SEGMENTS}, seeds=range(3),
         pairs=tuple(("entropy", other) for other in train_small.SEGMENTS[1:])),
     "table3-last": Study("The same with V before a segment's last token, where the official code reads it", {
         s: setting("sapo", segments=s, value_at="last") for s in train_small.SEGMENTS}, seeds=range(2)),
@@ -130,8 +139,9 @@ STUDIES = {
         curves=(*AT_THE_END, "blame_auroc"), against="top_percent"),
     "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
         columns=("value_loss",), curves=("value_loss", "explained_variance", "explained_variance_last")),
-    "figure7": Study("SAPO Fig. 7: entropy and response length", {a: setting(a) for a in ("ppo", "sapo")},
-        columns=("entropy", "response_length"), curves=("entropy", "response_length")),
+    "figure7": Study("SAPO Fig. 7: entropy and response length", {
+        a: setting(a) for a in ("ppo", "sapo")}, columns=("entropy", "response_length"),
+        curves=("entropy", "response_length")),
     "horizon": Study("Longer chains: does the gain grow with the horizon?", {
         f"{a}, {n} operands": setting(a, operands=n) for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")},
         seeds=range(3), curves=AT_THE_END, against="operands",
@@ -165,7 +175,7 @@ STUDIES = {
         seeds=TUNING, columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy")),
     "lambda": Study("The λ tried for each method with a critic, on seeds of their own", {
         f"{a}, lambda {x}": setting(a, **{} if x == own else dict(lam=x))
-        for a, own in OWN_LAMBDA.items() for x in LAMBDAS}, seeds=TUNING,
+        for a, own in OWN_LAMBDA.items() for x in ((0.7,) if a == "sapo" else ()) + LAMBDAS}, seeds=TUNING,
         curves=(*AT_THE_END, "blame_auroc"), against="lam"),
     "wordy-lambda": Study("A world that talks: the λ tried for each method with a critic", {
         f"{a}, lambda {x}": setting(a, **TALK, lam=x) for a in OWN_LAMBDA for x in LAMBDAS},

@@ -81,12 +81,20 @@ def test_credit_csv_and_tables_are_what_the_committed_runs_give(no_training):
     assert found == {*study.STUDIES, *credit.TABLES}
 
 
-def test_each_method_runs_at_its_best_rate(no_training):
-    runs = {label: (run["row"]["accuracy_paper"], run["row"]["accuracy_sampled"])
-            for label, (run,) in study.runs_of("rates").items()}
-    for algo, best in study.BEST.items():
-        mine = {label: x for label, x in runs.items() if label.startswith(f"{algo}, ")}
-        assert len(mine) == len(study.RATES) and max(mine, key=mine.get) == f"{algo}, {1e4 * best:g}e-4"
+def test_methods_are_tuned_on_seeds_of_their_own_and_no_best_is_at_an_edge(no_training):
+    for name, option, own in (("rates", "lr", study.RATE), ("lambda", "lam", study.OWN_LAMBDA)):
+        found = {}
+        for run in itertools.chain.from_iterable(study.runs_of(name, workers=0).values()):
+            algo, seed = run["options"]["algo"], run["options"]["seed"]
+            assert seed in study.TUNING
+            x = run["options"].get(option, own[algo])
+            found.setdefault(algo, {}).setdefault(x, []).append(run["row"]["accuracy_sampled"])
+        assert list(found) == list(own)
+        for algo, tried in found.items():
+            best = max(tried, key=lambda x: statistics.fmean(tried[x]))
+            assert {len(accuracies) for accuracies in tried.values()} == {2}, (name, algo)
+            assert best == study.BEST.get(algo, {}).get(option, own[algo]), (name, algo)
+            assert min(tried) < best < max(tried), (name, algo)
 
 
 # ------------------------------------------------------------------------------------------------------ study
