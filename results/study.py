@@ -109,15 +109,15 @@ STUDIES = {
         f"{a}, {1e4 * lr:g}e-4": setting(a, **BEST.get(a, {}) | dict(lr=lr))
         for a, rates in RATES.items() for lr in rates}, seeds=TUNING),
     "table1": Study("SAPO Table 1: six methods on equally many responses", {
-        a: setting(a) for a in RATE},
-        pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"))),
+        **{a: setting(a, **WIDE) for a in RATE}, "grpo, tuned": setting("grpo", **WIDE, **BEST["grpo"])},
+        pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo", "grpo, tuned")),
+               ("srpo", "grpo"), ("srpo", "grpo, tuned"))),
     "choices": Study("Table 1 with V as in the official code, the paper's λ, or tuned on other seeds", {
-        **{a: setting(a) for a in ("grpo", "ppo", "vc-ppo", "srpo")},
+        **{a: setting(a) for a in ("grpo", "ppo", "vc-ppo", "sapo")},
         "sapo, V at last": setting("sapo", value_at="last"), "sapo, lambda 0.99": setting("sapo", lam=0.99),
-        **{f"{a}, tuned": setting(a, **its) for a, its in BEST.items()}},
+        **{f"{a}, tuned": setting(a, **BEST[a]) for a in ("ppo", "sapo")}},
         pairs=(*(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")),
-               *(("sapo, tuned", a) for a in ("ppo, tuned", "vc-ppo", "grpo, tuned")),
-               ("srpo", "grpo, tuned"))),
+               *(("sapo, tuned", a) for a in ("ppo, tuned", "vc-ppo", "grpo")))),
     "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses", {
         **{ratio: setting("sapo", **OFF_POLICY) | dict(ratio=ratio) for ratio in ("token", "segment")},
         **{a: setting(a, **OFF_POLICY) for a in ("ppo", "grpo")}},
@@ -187,17 +187,20 @@ STUDIES = {
     "openings": Study("SAPO minus PPO: when do segments pay?", {
         f"{a}, {policy}, {kind}": setting(a, **how, **more) | (SEGMENT if a == "sapo" and how else {})
         for policy, how in POLICIES.items()
-        for kind, more in (("none", {}), ("few", REPORT | dict(openings="few")), ("many", REPORT))
+        for kind, more in (("none", {} if how else WIDE), ("few", REPORT | dict(openings="few")),
+                           ("many", REPORT))
         for a in ("ppo", "sapo")}, columns=(*ACCURACY, "responses_to_80"), against="idle",
         curves=("accuracy_sampled", "accuracy_greedy", "faithful_sampled"),
         pairs=tuple((f"sapo, {policy}, {kind}", f"ppo, {policy}, {kind}")
                     for policy in POLICIES for kind in toy_env.OPENED)),
     "wordy-table1": Study("SAPO Table 1 in a world that talks", {
         **{a: setting(a, **REPORT) for a in ("grpo", "ppo", "sapo", "srpo")},
+        "grpo, twice the rate": setting("grpo", **REPORT, **BEST["grpo"]),
         "ppo, lambda 0.9": setting("ppo", **REPORT, lam=0.9),
         "sapo, lambda 0.99": setting("sapo", **REPORT, lam=0.99)},
         columns=(*ACCURACY, "perception_sampled", "responses_to_80", *CRITIC),
-        pairs=(("sapo", "ppo"), ("sapo", "grpo"), ("sapo", "ppo, lambda 0.9"), ("srpo", "grpo"))),
+        pairs=(*(("sapo", a) for a in ("ppo", "grpo", "grpo, twice the rate", "ppo, lambda 0.9")),
+               ("srpo", "grpo"))),
     "wordy-table2": Study("SAPO Table 2 in a world that talks: 32 updates on 512 responses", {
         **{x: setting("sapo", **REPORT, **OFF_POLICY) | dict(ratio=x) for x in ("token", "segment")},
         **{a: setting(a, **REPORT, **OFF_POLICY) for a in ("ppo", "grpo")},

@@ -187,7 +187,7 @@ def test_a_study_without_workers_shows_what_is_kept(tmp_path, monkeypatch, no_tr
     for seed in (0, 3):
         options = dict(study.setting("grpo"), seed=seed)
         study.path_of(options).write_text(json.dumps(dict(options=options, row=dict(seed=seed))))
-    runs = study.runs_of("table1", workers=0)
+    runs = study.runs_of("choices", workers=0)
     assert {label: [run["row"]["seed"] for run in its] for label, its in runs.items()} == {"grpo": [0, 3]}
 
 
