@@ -87,9 +87,10 @@ class Config:
     ratio: Literal["segment", "token"] = HfArg(default="segment", help="SAPO's importance ratio (Table 2)")
     value_at: Literal["start", "last"] = HfArg(default="start", help="V is read before it (official: last)")
     whiten: bool = HfArg(default=False, help="whiten the critic methods' advantages (official code)")
-    contrast: Literal["blind", "blank", "masked"] = HfArg(default="blind", help="SRPO: of reasoning: the "
-                                                          "image's, or readings blanked or masked")
+    contrast: Literal["blind", "blank", "masked"] = HfArg(default="blind", help="SRPO: reasoning's contrast")
     weights: Literal[srpo.FORMS] = HfArg(default="exp", help="SRPO: how contrasts become weights")
+    weight_temperature: float = HfArg(default=1.0, help="SRPO: divides the contrasts (S4)")
+    weight_clip: float = HfArg(default=0.5, help="SRPO: the furthest of a weight from 1 (S4)")
     corruption: Literal["patches", "noise", "blur", "blank"] = HfArg(default="patches", help="of images")
     sign_aware: bool = HfArg(default=False, help="SRPO: turn weights around where the advantage is negative")
     operands: int = HfArg(default=4, help="toy world: numbers in a question, 2 to 8 (the studies: 6)")
@@ -179,7 +180,6 @@ def dataset_task(config: Config, instruction: str = INSTRUCTION,
                  reward: Callable[[Problem, str], float] | None = None) -> Task:
     """A data set with image(s), question or problem, and answer."""
     from examples.own_data import problems_of
-
     prompts = config.responses // config.group
     stream, held_out, skipped = problems_of(config.dataset, config.eval_problems, prompts, config.seed)
     return Task(stream, held_out, instruction, reward or toy_env.reward, skipped)
@@ -321,9 +321,8 @@ def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scor
         return Credit(ratio_ends, advantages, returns, value_mask)
 
     advantages = srpo.group_advantages(outcome, config.group)  # GRPO, GSPO, SRPO: (B,)
-    weights = mask.float()
-    if config.algo == "srpo":
-        weights = weigh_roles(config, policy, processor, roll, scored, advantages)
+    its = config, policy, processor, roll, scored, advantages
+    weights = weigh_roles(*its) if config.algo == "srpo" else mask.float()
     ends = sapo.ends_once(mask) if config.algo == "gspo" else sapo.ends_every_token(mask)
     return Credit(ends, srpo.srpo_advantages(advantages, weights))
 
@@ -333,10 +332,10 @@ def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored
                 advantages: Tensor) -> Tensor:
     """SRPO's weights (B, T): the policy scores its tokens again, without image or without perception."""
     ids, mask = roll.ids, roll.mask
+    questions = [p.question for p in roll.problems]
     seed = int(torch.randint(2**31, ()))  # other patches in each iteration
     images = [srpo.corrupt_image(p.image, config.corruption, patch=PATCH, seed=seed + i)
               for i, p in enumerate(roll.problems)]
-    questions = [p.question for p in roll.problems]
     corrupted = encode(processor, roll.task.instruction, images, questions, ids.device)
     perception, reasoning = srpo.split_roles(roll.pieces, mask)
 
@@ -355,7 +354,8 @@ def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored
         on_perception = without(roll.inputs, ids, mask & ~perception)
     sign = advantages if config.sign_aware else None
     contrasts = torch.where(perception, on_image, on_perception)
-    return srpo.role_weights(contrasts, perception, reasoning, form=config.weights, sign=sign)
+    return srpo.role_weights(contrasts, perception, reasoning, config.weight_temperature, config.weight_clip,
+                             form=config.weights, sign=sign)
 
 
 def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: Credit,

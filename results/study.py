@@ -87,11 +87,15 @@ def setting(algo: str, **options) -> dict:
     return base | {k: v for k, v in options.items() if k in base or v != getattr(train_small.Config, k)}
 
 
-VARIANTS = {  # of SRPO; sign-aware, the blind contrast with three maps to weights
+BOUNDS = {"temperature 2": dict(weight_temperature=2.0), "clip 0.2": dict(weight_clip=0.2),
+          "clip 0.8": dict(weight_clip=0.8)}  # (S4) has 1 and 0.5
+VARIANTS = {  # of SRPO; sign-aware, the blind contrast with several maps to weights
     **{contrast: dict(contrast=contrast) for contrast in ("blind", "blank", "masked")},
     **{f"blind, {form}": dict(weights=form) for form in ("role", "standard", "emphasis")},
+    **{f"blind, {bound}": its for bound, its in BOUNDS.items()},
     "blind, sign-aware": dict(sign_aware=True), "blank, sign-aware": dict(contrast="blank", sign_aware=True),
-    **{f"blind, {form}, sign-aware": dict(weights=form, sign_aware=True) for form in ("role", "emphasis")}}
+    **{f"blind, {form}, sign-aware": dict(weights=form, sign_aware=True) for form in ("role", "emphasis")},
+    **{f"blind, {bound}, sign-aware": dict(its, sign_aware=True) for bound, its in BOUNDS.items()}}
 
 
 class Study(NamedTuple):

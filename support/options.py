@@ -16,7 +16,8 @@ COUNTS = "iterations", "responses", "mini_batches", "epochs", "eval_every", "eva
 RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | dict(  # least and most; toy_env checks its own
     seed=(0, 2**32 - 1), micro_batch=(0, math.inf), critic_warmup=(0, math.inf), max_tokens=(2, math.inf),
     lr=(1e-12, 1), critic_lr=(1e-12, 1), head_lr=(1e-12, 1), temperature=(0.01, 100), top_percent=(0.01, 100),
-    gamma=(0, 1), lam=(0, 1), lam_returns=(0, 1), kl_coef=(0, 100), clip_low=(0, 1), clip_high=(0, 100))
+    gamma=(0, 1), lam=(0, 1), lam_returns=(0, 1), kl_coef=(0, 100), clip_low=(0, 1), clip_high=(0, 100),
+    weight_temperature=(0.01, 100), weight_clip=(0.01, 0.99))
 
 
 def parse_arguments(kind: type, description: str, arguments: list[str] | None = None):

@@ -175,6 +175,8 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     kl_coef=(0.05, GRPO), clip_low=(0.1, GRPO), clip_high=(0.3, GRPO), temperature=(0.9, GENERATE, sampled),
     contrast=("blank", "srpo.contrast", lambda calls: len(calls) == 4),  # two in each iteration, not one
     weights=("role", "srpo.role_weights", lambda calls: all(x["form"] == "role" for x in calls)),
+    weight_temperature=(2.0, "srpo.role_weights", lambda calls: all(x["temperature"] == 2 for x in calls)),
+    weight_clip=(0.2, "srpo.role_weights", lambda calls: all(x["clip"] == 0.2 for x in calls)),
     corruption=("noise", "srpo.corrupt_image", corrupted),
     sign_aware=(True, "srpo.role_weights", lambda calls: all(x["sign"].numel() for x in calls)),
 ), dict(
