@@ -1,6 +1,6 @@
 """Where the credit goes: what the papers argue, measured where the truth about each statement is known.
 
-    python -m results.credit --workers 2     makes credit.csv and its tables in README.md
+    python -m results.credit --workers 2     makes credit.csv, wordy-credit.csv and their tables in README.md
     python -m results.credit show RUN        one response, coloured by who blames what: credit.png
                                              (RUN: a folder that train_small.py has written with --save)
 
@@ -35,6 +35,7 @@ SEEDS = 3
 CHECKPOINTS = (5, 10, 20, 40)  # iterations
 PROMPTS, GROUP = 64, 8  # rollouts of a checkpoint
 PREFIXES, CONTINUATIONS = 64, 64  # of each kind of state
+WORLDS = {"": {}, "wordy-": study.TALK}  # what begins the names of a world's tables and CSV → its options
 CRITICS = {"sapo": {}, "sapo, V at last": dict(value_at="last"), "ppo": {}, "vc-ppo": {}}
 KINDS = {"true reading": ("reading", True), "false reading": ("reading", False), "copied": ("operand", True),
          "computed": ("result", True), "false result": ("result", False)}  # → statement's kind, and truth
@@ -204,9 +205,9 @@ def credit_by_method(config, policy, processor, roll, scored: dict, outcome) -> 
     return advantages, weights, ends
 
 
-def rows_of(workers: int = 1, seeds: int = SEEDS) -> list[dict]:
-    """The rows of the CSV: all measurements, of all seeds. What is missing is measured first."""
-    jobs = [dict(study.setting("sapo"), seed=seed) for seed in range(seeds)]
+def rows_of(world: str, workers: int = 1, seeds: int = SEEDS) -> list[dict]:
+    """The rows of a world's CSV: all measurements, of all seeds. What is missing is measured first."""
+    jobs = [dict(study.setting("sapo", **WORLDS[world]), seed=seed) for seed in range(seeds)]
     rows = [row for run in study.kept(jobs, measure, workers, kind="credit") for row in run["rows"]]
     columns = ("seed", "iteration", "part", "who", "measure", "value", "n")
     return [{c: round(row[c], 4) if c == "value" else row[c] for c in columns} for row in rows]
@@ -222,11 +223,11 @@ def table(part: str, rows: list[dict]) -> str:
     return f"**{caption}**\n\n" + study.markdown("results.credit", list(wide.values()), columns)
 
 
-def credit(workers: int = 1, seeds: int = SEEDS) -> str:
-    """Measure what is missing; write the CSV and the tables; return the tables."""
-    rows = rows_of(workers, seeds)
-    tables = {part: table(part, rows) for part in TABLES}
-    study.publish("credit", rows, tables)
+def credit(world: str, workers: int = 1, seeds: int = SEEDS) -> str:
+    """Measure what is missing; write a world's CSV and tables; return the tables."""
+    rows = rows_of(world, workers, seeds)
+    tables = {world + part: table(part, rows) for part in TABLES}
+    study.publish(f"{world}credit", rows, tables)
     return "\n\n".join(tables.values())
 
 
@@ -297,7 +298,8 @@ def main() -> None:
     if options.command == "show":
         show(options.run)
     else:
-        print(credit(options.workers, options.seeds))
+        for world in WORLDS:
+            print(credit(world, options.workers, options.seeds), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -113,9 +113,10 @@ STUDIES = {
         f"{a}, {1e4 * lr:g}e-4": setting(a, **BEST.get(a, {}) | dict(lr=lr))
         for a, rates in RATES.items() for lr in rates}, seeds=TUNING),
     "table1": Study("SAPO Table 1: six methods on equally many responses", {
-        **{a: setting(a, **WIDE) for a in RATE}, "grpo, tuned": setting("grpo", **WIDE, **BEST["grpo"])},
+        **{a: setting(a, **WIDE) for a in RATE}, "grpo, tuned": setting("grpo", **WIDE, **BEST["grpo"]),
+        "srpo, clip 0.2": setting("srpo", **WIDE, weight_clip=0.2)},
         pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo", "grpo, tuned")),
-               ("srpo", "grpo"), ("srpo", "grpo, tuned"))),
+               ("srpo", "grpo"), ("srpo", "grpo, tuned"), ("srpo, clip 0.2", "grpo"))),
     "choices": Study("Table 1 with V as in the official code, the paper's λ, or tuned on other seeds", {
         **{a: setting(a) for a in ("grpo", "ppo", "vc-ppo", "sapo")},
         "sapo, V at last": setting("sapo", value_at="last"), "sapo, lambda 0.99": setting("sapo", lam=0.99),
@@ -141,6 +142,9 @@ STUDIES = {
     "figure5": Study("SAPO Fig. 5: the share of tokens that end a segment", {
         f"{k} %": setting("sapo", top_percent=float(k)) for k in (5, 10, 20, 30, 50, 100)},
         curves=(*AT_THE_END, "blame_auroc"), against="top_percent"),
+    "wordy-figure5": Study("SAPO Fig. 5 in a world that talks", {
+        f"{k} %": setting("sapo", **REPORT, top_percent=float(k)) for k in (5, 10, 30, 50, 100)},
+        seeds=range(3), curves=(*AT_THE_END, "blame_auroc"), against="top_percent"),
     "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
         columns=("value_loss",), curves=("value_loss", "explained_variance", "explained_variance_last")),
     "figure7": Study("SAPO Fig. 7: entropy and response length", {
@@ -170,9 +174,10 @@ STUDIES = {
     "guessing": Study("A base model that guesses; the guess is right in 60 % of training, then never", {
         **{a: setting(a, **GUESS) for a in ("grpo", "srpo")},
         "srpo, sign-aware": setting("srpo", **GUESS, sign_aware=True),
+        "srpo, sign-aware, clip 0.2": setting("srpo", **GUESS, sign_aware=True, weight_clip=0.2),
         **{a: setting(a, **GUESS) for a in ("ppo", "sapo")}},
         columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy"),
-        pairs=tuple((a, "grpo") for a in ("srpo", "srpo, sign-aware", "sapo"))),
+        pairs=tuple((a, "grpo") for a in ("srpo", "srpo, sign-aware", "srpo, sign-aware, clip 0.2", "sapo"))),
     "guessing-forms": Study("The same: SRPO's contrasts and weights, on seeds of their own", {
         "grpo": setting("grpo", **GUESS), "grpo, 3.2e-4": setting("grpo", **GUESS, lr=3.2e-4),
         **{label: setting("srpo", **GUESS, **form) for label, form in VARIANTS.items()}},
