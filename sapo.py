@@ -4,8 +4,8 @@ NOT the "SAPO" of TRL (loss_type="sapo"), verl, ms-swift, AReaL and slime: that 
 Optimization* (arXiv 2511.20347), an unrelated method that replaces the PPO clip by a sigmoid gate.
 
 The idea: a response is cut after its most uncertain tokens, and each segment is then one action of PPO: one
-value, one advantage and one importance ratio, shared by all its tokens. Read from top to bottom, in the order
-in which the tensors come to be; the first four lines run once per rollout, the last two at each update:
+value, one advantage and one importance ratio, shared by all its tokens. Read from top to bottom; of these
+lines the first four run once per rollout, the last two at each update:
 
     entropy = token_entropy(logits)                                                     Eq. 11
     ends = ends_by_entropy(entropy, mask)                                               section 4.2
@@ -139,17 +139,14 @@ def segment_ids(ends: Tensor, mask: Tensor) -> Tensor:
     tensor([[ 0,  0,  1,  1, -1]])
     """
     mask = _check_ends(ends, mask)
-    return _slots(ends).masked_fill(~mask, -1)
+    return F.pad(ends[:, :-1], (1, 0)).cumsum(1).masked_fill(~mask, -1)     # ends before token t, (B, T)
 
 
-def _slots(ends: Tensor) -> Tensor:
-    """segment_ids, but padding gets the slot after the last segment, where V and r are 0."""
-    return F.pad(ends[:, :-1], (1, 0)).cumsum(1)                            # ends before token t, (B, T)
-
-
-def _sum(x: Tensor, slots: Tensor) -> Tensor:
-    """Sum over the tokens of each segment, (B, T) -> (B, M)."""
-    return x.new_zeros(len(x), int(slots.max()) + 1).scatter_add(1, slots, x)
+def _segments(ends: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
+    """segment_ids, with padding in a slot after the last segment, (B, T); and sums over segments, (B, M)."""
+    slots = F.pad(ends[:, :-1], (1, 0)).cumsum(1)                           # ends before token t, (B, T)
+    M = int(slots.max()) + 1
+    return slots, *(x.new_zeros(len(x), M).scatter_add(1, slots, x) for x in tokens)
 
 
 # ------------------------------------------------------------------------------------------------- advantages
@@ -161,8 +158,7 @@ def kl_rewards(outcome: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: 
     outcome (B,), finite; log_probs, ref_log_probs (B, T) of the sampling and reference policies; kl_coef >= 0
     (0.001 in Table 7). -> rewards (B, T), 0 on padding, no gradient.
 
-    >>> ones = torch.ones(1, 2)
-    >>> kl_rewards(torch.tensor([1.0]), -1 * ones, -2 * ones, ones, kl_coef=0.25)
+    >>> kl_rewards(torch.ones(1), torch.zeros(1, 2), -torch.ones(1, 2), torch.ones(1, 2), kl_coef=0.25)
     tensor([[-0.2500,  0.7500]])
     """
     outcome = _to_tokens(outcome=outcome, mask=mask)                        # (B, T)
@@ -193,11 +189,10 @@ def segment_gae(rewards: Tensor, values: Tensor, ends: Tensor, mask: Tensor, gam
     _check_range(0, 1, gamma=gamma, lam=lam, lam_returns=lam if lam_returns is None else lam_returns)
     if value_at not in ("start", "last"):
         raise ValueError(f'value_at is {value_at!r}: expected "start" or "last"')
-    slots = _slots(ends)                                                    # (B, T)
     starts = F.pad(ends[:, :-1], (1, 0), value=True) & mask                 # (B, T)
     value_mask = starts if value_at == "start" else ends
-    r = _sum(rewards.float().masked_fill(~mask, 0.0), slots)                # r_m, (B, M)
-    v = _sum(values.float().masked_fill(~value_mask, 0.0), slots)           # V(s_m), (B, M)
+    slots, r, v = _segments(ends, rewards.float().masked_fill(~mask, 0.0),  # r_m, (B, M)
+                            values.float().masked_fill(~value_mask, 0.0))   # V(s_m), (B, M)
     delta = r + gamma * F.pad(v[:, 1:], (0, 1)) - v                         # Eq. 6: delta_m, (B, M)
     advantages = _discount(delta, gamma * lam)                              # Eq. 7: A_m, (B, M)
     lambda_sum = advantages if lam_returns is None else _discount(delta, gamma * lam_returns)
@@ -244,9 +239,8 @@ def segment_ratio(log_probs: Tensor, old_log_probs: Tensor, ends: Tensor, mask: 
 
 
 def _segment_ratio(log_ratio: Tensor, ends: Tensor, mask: Tensor) -> Tensor:
-    slots = _slots(ends)                                                    # (B, T)
-    mean = _sum(log_ratio, slots) / _sum(mask.float(), slots).clamp(min=1)  # over |z_m| tokens, (B, M)
-    return mean.clamp(-20, 20).exp().gather(1, slots)                       # Eq. 8: s_m(theta), (B, T)
+    slots, total, length = _segments(ends, log_ratio, mask.float())         # length: |z_m|, (B, M)
+    return (total / length.clamp(min=1)).clamp(-20, 20).exp().gather(1, slots)  # Eq. 8: s_m(theta), (B, T)
 
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ends: Tensor, mask: Tensor,
@@ -378,8 +372,7 @@ def lift(entropy: Tensor, values: Tensor, mask: Tensor, quantile: float = 0.7, j
     draws = torch.randint(len(counts), size, generator=torch.Generator().manual_seed(seed))
     n, n_a, n_d, n_ad = torch.cat([counts.sum(0, keepdim=True), counts[draws].sum(1)]).T  # all, resampled
     lifts = (n_ad / n_a) / (n_d / n)                                        # Eq. 12, (1 + R,)
-    interval = lifts[1:].nanquantile(torch.tensor([0.025, 0.975]).double())
-    return lifts[0].item(), *interval.tolist()
+    return lifts[0].item(), *lifts[1:].nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
 # --------------------------------------------------------- helpers and checks, word for word those of srpo.py

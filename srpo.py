@@ -25,8 +25,8 @@ its sign stays. Read from top to bottom; of these lines all but the last run onc
     (S5)  A_t = A_i [(1 - alpha) + alpha w_t]
     (S6)  loss = -mean_i mean_t min(ratio A_t, clamp(ratio, 1 - clip_low, 1 + clip_high) A_t) + kl_coef KL
 
-What the abstract leaves open is a switch, measured in results/README.md. As above SRPO is level with GRPO, and
-no better at making a model look that guesses. With `sign` it does that, and costs accuracy where nothing is
+What the abstract leaves open is a switch, measured in results/README.md. As above SRPO is level with GRPO,
+and no better at making a model look that guesses. With `sign` it does that, and costs accuracy where nothing is
 guessed. The contrast of reasoning with the perception blanked or masked, and the other FORMS, gave no more.
 
 B responses, T tokens. Tensors are (B, T) over *response* tokens unless a docstring says other. `mask` is 1 on

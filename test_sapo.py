@@ -850,8 +850,8 @@ class Looks(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-# One look for all checks together. Where there are segments two more: each _sum asks for their number, M.
-LOOKS = {case: 3 if case in ("segment_gae", "segment_gae last", "segment_ratio", "policy_loss") else 1
+# One look for all checks together. Where there are segments one more, for their number, M.
+LOOKS = {case: 2 if case in ("segment_gae", "segment_gae last", "segment_ratio", "policy_loss") else 1
          for case in CASES if case not in ("split_roles", "explained_variance", "lift", "corrupt_image")}
 
 

@@ -87,7 +87,8 @@ class Config:
     ratio: Literal["segment", "token"] = HfArg(default="segment", help="SAPO's importance ratio (Table 2)")
     value_at: Literal["start", "last"] = HfArg(default="start", help="V is read before it (official: last)")
     whiten: bool = HfArg(default=False, help="whiten the critic methods' advantages (official code)")
-    contrast: Literal["blind", "blank", "masked"] = HfArg(default="blind", help="SRPO: reasoning's contrast")
+    contrast: Literal["blind", "blank", "masked"] = HfArg(default="blind", help="SRPO: of reasoning: the "
+                                                          "image's, or readings blanked or masked")
     weights: Literal[srpo.FORMS] = HfArg(default="exp", help="SRPO: how contrasts become weights")
     weight_temperature: float = HfArg(default=1.0, help="SRPO: divides the contrasts (S4)")
     weight_clip: float = HfArg(default=0.5, help="SRPO: the furthest of a weight from 1 (S4)")
@@ -180,6 +181,7 @@ def dataset_task(config: Config, instruction: str = INSTRUCTION,
                  reward: Callable[[Problem, str], float] | None = None) -> Task:
     """A data set with image(s), question or problem, and answer."""
     from examples.own_data import problems_of
+
     prompts = config.responses // config.group
     stream, held_out, skipped = problems_of(config.dataset, config.eval_problems, prompts, config.seed)
     return Task(stream, held_out, instruction, reward or toy_env.reward, skipped)
@@ -321,8 +323,9 @@ def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scor
         return Credit(ratio_ends, advantages, returns, value_mask)
 
     advantages = srpo.group_advantages(outcome, config.group)  # GRPO, GSPO, SRPO: (B,)
-    its = config, policy, processor, roll, scored, advantages
-    weights = weigh_roles(*its) if config.algo == "srpo" else mask.float()
+    weights = mask.float()
+    if config.algo == "srpo":
+        weights = weigh_roles(config, policy, processor, roll, scored, advantages)
     ends = sapo.ends_once(mask) if config.algo == "gspo" else sapo.ends_every_token(mask)
     return Credit(ends, srpo.srpo_advantages(advantages, weights))
 
@@ -602,18 +605,12 @@ def main(name: str = "train_small.py", kind: type = Config, begin: Callable = pr
                 torch.save(run.critic.state_dict(), out / "critic.pt")
     except (Stopped, OSError, torch.OutOfMemoryError) as error:
         run_folder.leave(name, error, 130 if signals else 1, config.out, config.micro_batch)
-    from results.curves import plot, report
+    from results.curves import show
 
     try:
-        report(run.task.held_out, history, *texts)
-        plot(out)
+        show(run, history, texts, time.time() - start)
     except OSError as error:  # a closed pipe, a full disk: the run itself is whole
         run_folder.leave(name, error, 1)
-    if run.task.skipped:
-        print(f"\n{len(run.task.skipped)} rows of the data set could not be read")
-    print(f"\n{time.time() - start:.0f} s on {config.device}. Metrics, curves, checkpoints: {out}/")
-    if config.save and run.critic and not config.dataset:
-        print(f"Turn the knobs of its credit: python -m results.page {out}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,19 @@ PANELS = [("reward", "accuracy_greedy", "accuracy_sampled", "accuracy_paper"), (
           ("explained_variance", "explained_variance_last"), ("blame_auroc",), ("value_loss",)]
 
 
+def show(run, history: list[dict], texts: tuple[list[str], list[str]], seconds: float) -> None:
+    """All of a train_small.Run that has ended: the report, the curves, and where things are. texts: the
+    responses to the held-out problems, before and after."""
+    config, skipped = run.config, len(run.task.skipped)
+    report(run.task.held_out, history, *texts)
+    plot(Path(config.out))
+    if skipped:
+        print(f"\n{skipped} rows of the data set could not be read")
+    print(f"\n{seconds:.0f} s on {config.device}. Metrics, curves, checkpoints: {config.out}/")
+    if config.save and run.critic and not config.dataset:
+        print(f"Turn the knobs of its credit: python -m results.page {config.out}")
+
+
 def plot(folder: Path) -> None:
     """Draw FOLDER/metrics.jsonl as FOLDER/curves.png."""
     matplotlib.use("Agg")

@@ -87,7 +87,7 @@ def take(inputs: dict[str, Tensor], rows: Tensor, image_ids: list[int] = ()) -> 
 
 
 def read_tokens(tokenizer, ids: Tensor, mask: Tensor) -> tuple[list[list[str]], list[str]]:
-    """The text of each token of each response, "" for special ones, and that of the whole. ids, mask (B, T)."""
+    """The text of each token of each response, "" for special ones; and of the whole. ids, mask (B, T)."""
     responses = [row[keep].tolist() for row, keep in zip(ids, mask)]
     piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in ids.unique().tolist()}
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)

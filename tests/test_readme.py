@@ -38,34 +38,39 @@ def test_every_public_function_of_the_paper_is_in_the_table():
     named = set(re.findall(r"`(?:sapo|srpo)\.(\w+)`", README))
     public = {name for module in (sapo, srpo) for name, x in vars(module).items()
               if inspect.isfunction(x) and x.__module__ == module.__name__ and not name.startswith("_")}
-    assert public - named <= {"ends_every_token", "ends_once", "whiten", "explained_variance",  # not the paper's
-                              "split_roles", "corrupt_image", "blank_perception"}              # no equation
+    assert public - named <= {"ends_every_token", "ends_once", "whiten", "explained_variance",
+                              "split_roles", "corrupt_image", "blank_perception"}  # no equation of a paper
 
 
 def test_results_are_those_of_the_csvs():
-    """Each `mean (low–high)` of a row is an interval of the study that the row names."""
-    figure = re.compile(r"(\d\.\d{3}) \((?:min–max )?(\d\.\d{3})–(\d\.\d{3})\)")
-    checked = differences = 0
-    for row in re.findall(r"^\| .+ \| (.+) \| `([\w-]+)` \|$", section("What came out"), re.M):
-        by_label = {}
-        with open(ROOT / "results" / f"{row[1]}.csv") as file:
-            for run in csv.DictReader(file):
-                by_label.setdefault(run["label"], []).append(float(run["accuracy_sampled"]))
-        found = {tuple(f"{x:.3f}" for x in study.interval(values)) for values in by_label.values()}
-        for numbers in figure.findall(row[0]):
-            assert numbers in found, (row[1], numbers)
-            checked += 1
-        tables = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
-        table = tables.split(f"<!-- table {row[1]} -->")[1].split("<!-- end -->")[0]
-        for numbers in re.findall(r"[+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", row[0]):
-            assert numbers in table, (row[1], numbers)
-            differences += 1
-        assert ("min–max" in row[0]) == (max(map(len, by_label.values())) == 3)
-    assert checked == len(figure.findall(section("What came out"))) > 15 and differences > 10
+    """Each `mean (low–high)` of a row is an accuracy of the study that the row names, each signed one a
+    difference of two of its labels. A row says min–max if they are of two or three seeds, and only then."""
+    figure = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)|[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)")
+    text, checked = section("What came out"), 0
+    for said, name in re.findall(r"^\| .+ \| (.+) \| `([\w-]+)` \|$", text, re.M):
+        names = ("seed", *study.STUDIES[name].columns)
+        with open(ROOT / "results" / f"{name}.csv") as file:
+            rows = [dict(label=row["label"]) | {k: float(row[k]) if row[k] else None for k in names}
+                    for row in csv.DictReader(file)]
+        of = lambda label: [row for row in rows if row["label"] == label]
+        seeds = {}  # an interval → of how many seeds
+        for label in dict.fromkeys(row["label"] for row in rows):
+            values = [row["accuracy_sampled"] for row in of(label)]
+            seeds["{:.3f} ({:.3f}–{:.3f})".format(*study.interval(values))] = len(values)
+        for pair in study.STUDIES[name].pairs:
+            for column in study.STUDIES[name].columns:
+                differences = study.paired(*map(of, pair), column)
+                seeds[study.difference(differences)] = len(differences)
+        quoted = figure.findall(said.replace("min–max ", ""))
+        assert quoted and not {*quoted} - {*seeds}, (name, {*quoted} - {*seeds})
+        assert {seeds[its] <= 3 for its in quoted} == {"min–max" in said}, name
+        checked += len(quoted)
+    assert checked == len(figure.findall(text.replace("min–max ", ""))) > 30
 
 
 def test_first_table_is_that_of_the_committed_runs():
-    histories = [[json.loads(line) for line in open(ROOT / "results" / f"sapo-{seed}.jsonl")] for seed in range(3)]
+    files = [ROOT / "results" / f"sapo-{seed}.jsonl" for seed in range(3)]
+    histories = [[json.loads(line) for line in open(file)] for file in files]
     rows = re.findall(r"^\| (accuracy|faithful|blame)(.*?) \| (.*) \|$", section("Run it"), re.M)
     names = ["accuracy_greedy", "accuracy_paper", "accuracy_sampled", "faithful_sampled", "blame_auroc"]
     assert len(rows) == len(names)

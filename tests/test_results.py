@@ -29,7 +29,7 @@ def imports(path):
 
 
 def test_arrows_run_one_way():
-    shown = {"train_small.py": {"results.curves.plot", "results.curves.report"}}  # when all is trained
+    shown = {"train_small.py": {"results.curves.show"}}  # when all is trained
     for name in ("sapo.py", "srpo.py", "toy_env.py", "train_small.py"):
         found = {module for module in imports(ROOT / name) if module.startswith("results")}
         assert found == shown.get(name, set()), name
@@ -75,7 +75,7 @@ def test_csvs_and_tables_are_what_the_committed_runs_give(name, no_training):
 def test_credit_csvs_and_tables_are_what_the_committed_runs_give(no_training):
     readme = (study.HERE / "README.md").read_text(encoding="utf-8")
     for world in credit.WORLDS:
-        rows = credit.rows_of(world, workers=0)
+        rows = credit.rows_of(world)
         assert study.as_csv(rows) == (study.HERE / f"{world}credit.csv").read_bytes().decode()
         tables = {world + part: credit.table(part, rows) for part in credit.TABLES}
         assert study.with_tables(readme, tables) == readme

@@ -320,7 +320,8 @@ def test_perception_counts_the_cells_that_are_read(readings, right):
 def test_no_junk_raises_and_no_false_statement_means_right():
     rng, faithful, kinds = random.Random(0), 0, [*toy_env.OPENED]
     problems = [toy_env.make_problem(i, operators="+-×", openings=kinds[i % 3]) for i in range(50)]
-    junk = [*toy_env.TAGS, "٣", "²", "\0", "\ud800", "×", "=", ",", "\n", "-0", "9" * 5000, "white 4", "", "so ", "i see"]
+    junk = [*toy_env.TAGS, "٣", "²", "\0", "\ud800", "×", "=", ",", "\n", "-0", "9" * 5000, "white 4", "",
+            "so ", "i see"]
     for i in range(1500):
         p = problems[i % 50]
         parts = re.split("( )", demonstration(p, rng, 0.05, 0.05, 0.05))
