@@ -108,6 +108,15 @@ class Study(NamedTuple):
     against: str = ""  # x of the picture: an option; "": responses, over a training; "idle": pairs over that
 
 
+def horizon(seeds: int, **world) -> dict:
+    """Of a Study: three methods on chains of four lengths."""
+    lengths = [f"{n} operands" for n in (2, 4, 6, 8)]
+    return dict(runs={f"{a}, {n}": setting(a, **world, operands=int(n[0]))
+                      for n in lengths for a in ("grpo", "ppo", "sapo")}, seeds=range(seeds),
+                pairs=tuple((f"sapo, {n}", f"{a}, {n}") for a in ("grpo", "ppo") for n in lengths),
+                curves=AT_THE_END, against="operands")
+
+
 STUDIES = {
     "rates": Study("The learning rates tried for each method at its best λ, on seeds of their own", {
         f"{a}, {1e4 * lr:g}e-4": setting(a, **BEST.get(a, {}) | dict(lr=lr))
@@ -150,10 +159,7 @@ STUDIES = {
     "figure7": Study("SAPO Fig. 7: entropy and response length", {
         a: setting(a) for a in ("ppo", "sapo")}, columns=("entropy", "response_length"),
         curves=("entropy", "response_length")),
-    "horizon": Study("Longer chains: does the gain grow with the horizon?", {
-        f"{a}, {n} operands": setting(a, operands=n) for n in (2, 4, 6, 8) for a in ("grpo", "ppo", "sapo")},
-        seeds=range(3), curves=AT_THE_END, against="operands",
-        pairs=tuple((f"sapo, {n} operands", f"grpo, {n} operands") for n in (2, 4, 6, 8))),
+    "horizon": Study("Longer chains: does the gain grow with the horizon?", **horizon(3)),
     "critic": Study("Where V is read, and lambda", {
         **{f"{at}, lambda 0.9": setting("sapo", value_at=at) for at in ("start", "last")},
         **{f"start, lambda {x}": setting("sapo", lam=x) for x in (0.8, 0.95, 0.99, 1.0)}}, seeds=range(3)),
@@ -210,6 +216,7 @@ STUDIES = {
         columns=(*ACCURACY, "perception_sampled", "responses_to_80", *CRITIC),
         pairs=(*(("sapo", a) for a in ("ppo", "grpo", "grpo, twice the rate", "ppo, lambda 0.9")),
                ("srpo", "grpo"))),
+    "wordy-horizon": Study("Longer chains in a world that talks", **horizon(5, **REPORT)),
     "wordy-table2": Study("SAPO Table 2 in a world that talks: 32 updates on 512 responses", {
         **{x: setting("sapo", **REPORT, **OFF_POLICY) | dict(ratio=x) for x in ("token", "segment")},
         **{a: setting(a, **REPORT, **OFF_POLICY) for a in ("ppo", "grpo")},
