@@ -37,7 +37,6 @@ HERE = Path(__file__).parent
 SETTING = dict(operands=6, iterations=40, eval_every=40)
 WIDE = dict(eval_problems=1024)  # for what is reported: one problem is 0.001
 TUNING = (100, 101)  # the seeds that decide λ and rates; seeds 0 to 4 are reported
-LAMBDAS = (0.8, 0.9, 0.95, 0.99, 1.0)
 TALK = dict(openings="many")
 REPORT = TALK | WIDE
 OFF_POLICY = dict(responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2)
@@ -45,12 +44,12 @@ POLICIES = {"on-policy": {}, "off-policy": OFF_POLICY,
             "off-policy at half the rate": OFF_POLICY | dict(lr=8e-5)}
 SEGMENT = dict(ratio="segment")  # said where Table 2's ablation is made
 RATE = {"grpo": 1.6e-4, "gspo": 3.2e-4, "ppo": 1.6e-4, "vc-ppo": 1.6e-4, "sapo": 1.6e-4, "srpo": 1.6e-4}
-OWN_LAMBDA = {"sapo": 0.9, "ppo": 0.95, "vc-ppo": 0.99}  # train_small.py's, in the world that does not talk
+OWN_LAMBDA = {"sapo": 0.9, "ppo": 0.95, "vc-ppo": 0.99}  # the studies', in each world
+LAMBDAS = {"sapo": (0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
+           **dict.fromkeys(("ppo", "vc-ppo"), (0.8, 0.9, 0.95, 0.99, 1.0))}
 BEST = {"grpo": dict(lr=3.2e-4), "ppo": dict(lam=0.99), "sapo": dict(lam=0.8)}  # on TUNING, if another
 RATES = dict.fromkeys(RATE, (8e-5, 1.6e-4, 3.2e-4)) | {  # tried, at the best λ
     "grpo": (8e-5, 1.6e-4, 3.2e-4, 6.4e-4), "gspo": (1.6e-4, 3.2e-4, 6.4e-4)}
-TUNED = {"grpo": {}, "gspo": {}, "srpo": {}, "ppo": dict(lam=0.95), "vc-ppo": dict(lam=0.99),
-         "sapo": dict(lam=0.9)}  # in the world that talks: the same, until study wordy-lambda is whole
 SAID = {"sapo": dict(value_at="start"), "srpo": dict(contrast="blind")}
 WORDY = "tiny_vlm/wordy"  # the model of all worlds that are compared
 UNTAUGHT, GUESSER = "runs/no-truth", "runs/guesser"
@@ -78,8 +77,8 @@ def setting(algo: str, **options) -> dict:
     train_small.py would give it the paper's values.
     """
     base = dict(SETTING, algo=algo, lr=RATE[algo]) | SAID.get(algo, {})
-    if "openings" in options:
-        base |= TUNED[algo]
+    if "openings" in options and algo in OWN_LAMBDA:
+        base |= dict(lam=OWN_LAMBDA[algo])
     if options.get("model") in MADE:
         base |= dict(max_tokens=16 * options.get("operands", SETTING["operands"]) + 40, micro_batch=0)
         if algo in OWN_LAMBDA:
@@ -190,10 +189,10 @@ STUDIES = {
         seeds=TUNING, columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy")),
     "lambda": Study("The λ tried for each method with a critic, on seeds of their own", {
         f"{a}, lambda {x}": setting(a, **{} if x == own else dict(lam=x))
-        for a, own in OWN_LAMBDA.items() for x in ((0.7,) if a == "sapo" else ()) + LAMBDAS}, seeds=TUNING,
+        for a, own in OWN_LAMBDA.items() for x in LAMBDAS[a]}, seeds=TUNING,
         curves=(*AT_THE_END, "blame_auroc"), against="lam"),
     "wordy-lambda": Study("A world that talks: the λ tried for each method with a critic", {
-        f"{a}, lambda {x}": setting(a, **TALK, lam=x) for a in OWN_LAMBDA for x in LAMBDAS},
+        f"{a}, lambda {x}": setting(a, **TALK, lam=x) for a in OWN_LAMBDA for x in LAMBDAS[a]},
         seeds=TUNING, curves=(*AT_THE_END, "blame_auroc"), against="lam"),
     "wording": Study("Three ways to talk: what is uncertain, and what of it decides, before any training", {
         kind: setting("grpo", openings=kind, model=model, iterations=1)
@@ -209,13 +208,14 @@ STUDIES = {
         pairs=tuple((f"sapo, {policy}, {kind}", f"ppo, {policy}, {kind}")
                     for policy in POLICIES for kind in toy_env.OPENED)),
     "wordy-table1": Study("SAPO Table 1 in a world that talks", {
-        **{a: setting(a, **REPORT) for a in ("grpo", "ppo", "sapo", "srpo")},
+        **{a: setting(a, **REPORT) for a in RATE},
         "grpo, twice the rate": setting("grpo", **REPORT, **BEST["grpo"]),
-        "ppo, lambda 0.9": setting("ppo", **REPORT, lam=0.9),
-        "sapo, lambda 0.99": setting("sapo", **REPORT, lam=0.99)},
+        **{f"{a}, lambda {x}": setting(a, **REPORT, lam=x)
+           for a, x in (("ppo", 0.9), ("vc-ppo", 0.95), ("sapo", 0.8), ("sapo", 0.99))}},
         columns=(*ACCURACY, "perception_sampled", "responses_to_80", *CRITIC),
-        pairs=(*(("sapo", a) for a in ("ppo", "grpo", "grpo, twice the rate", "ppo, lambda 0.9")),
-               ("srpo", "grpo"))),
+        pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo", "grpo, twice the rate", "ppo, lambda 0.9")),
+               *(("sapo, lambda 0.8", a) for a in ("ppo", "vc-ppo, lambda 0.95")),
+               *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"))),
     "wordy-falls": Study("What holds the two runs of wordy-figure5 that fall on seed 1", {
         f"{k} %, {label}": setting("sapo", **REPORT, top_percent=float(k), **more) for k in (5, 50)
         for label, more in (("as it is", {}), ("half the rate", dict(lr=8e-5)),
@@ -231,6 +231,11 @@ STUDIES = {
         "ppo, half the rate": setting("ppo", **REPORT, **OFF_POLICY, lr=8e-5)},
         columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
         pairs=(("segment", "token"), ("segment", "ppo"), ("segment, half the rate", "ppo, half the rate"))),
+    "off-policy": Study("SAPO minus PPO off-policy, on ten seeds", {
+        f"{a}, {world}": setting(a, **OFF_POLICY, **its) | (SEGMENT if a == "sapo" else {})
+        for world, its in (("plain", WIDE), ("with words at half the rate", REPORT | dict(lr=8e-5)))
+        for a in ("ppo", "sapo")}, seeds=range(10), columns=(*ACCURACY, "responses_to_80"),
+        pairs=tuple((f"sapo, {x}", f"ppo, {x}") for x in ("plain", "with words at half the rate"))),
 }
 
 

@@ -84,7 +84,8 @@ def test_credit_csvs_and_tables_are_what_the_committed_runs_give(no_training):
 
 
 def test_methods_are_tuned_on_seeds_of_their_own_and_no_best_is_at_an_edge(no_training):
-    for name, option, own in (("rates", "lr", study.RATE), ("lambda", "lam", study.OWN_LAMBDA)):
+    for name, option, own in (("rates", "lr", study.RATE), ("lambda", "lam", study.OWN_LAMBDA),
+                              ("wordy-lambda", "lam", study.OWN_LAMBDA)):
         found = {}
         for run in itertools.chain.from_iterable(study.runs_of(name, workers=0).values()):
             algo, seed = run["options"]["algo"], run["options"]["seed"]
@@ -95,8 +96,9 @@ def test_methods_are_tuned_on_seeds_of_their_own_and_no_best_is_at_an_edge(no_tr
         for algo, tried in found.items():
             best = max(tried, key=lambda x: statistics.fmean(tried[x]))
             assert {len(accuracies) for accuracies in tried.values()} == {2}, (name, algo)
-            assert best == study.BEST.get(algo, {}).get(option, own[algo]), (name, algo)
             assert min(tried) < best < max(tried), (name, algo)
+            if name != "wordy-lambda":  # reported there: several that are level
+                assert best == study.BEST.get(algo, {}).get(option, own[algo]), (name, algo)
 
 
 # ------------------------------------------------------------------------------------------------------ study
