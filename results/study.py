@@ -132,8 +132,8 @@ STUDIES = {
         pairs=(*(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")),
                *(("sapo, tuned", a) for a in ("ppo, tuned", "vc-ppo", "grpo")))),
     "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses", {
-        **{ratio: setting("sapo", **OFF_POLICY) | dict(ratio=ratio) for ratio in ("token", "segment")},
-        **{a: setting(a, **OFF_POLICY) for a in ("ppo", "grpo")}},
+        **{ratio: setting("sapo", **WIDE, **OFF_POLICY) | dict(ratio=ratio) for ratio in ("token", "segment")},
+        **{a: setting(a, **WIDE, **OFF_POLICY) for a in ("ppo", "grpo")}},
         columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
         pairs=tuple(("segment", other) for other in ("token", "ppo", "grpo"))),
     "table3": Study("SAPO Table 3: where segments end", {
@@ -201,7 +201,7 @@ STUDIES = {
     "openings": Study("SAPO minus PPO: when do segments pay?", {
         f"{a}, {policy}, {kind}": setting(a, **how, **more) | (SEGMENT if a == "sapo" and how else {})
         for policy, how in POLICIES.items()
-        for kind, more in (("none", {} if how else WIDE), ("few", REPORT | dict(openings="few")),
+        for kind, more in (("none", WIDE), ("few", REPORT | dict(openings="few")),
                            ("many", REPORT))
         for a in ("ppo", "sapo")}, columns=(*ACCURACY, "responses_to_80"), against="idle",
         curves=("accuracy_sampled", "accuracy_greedy", "faithful_sampled"),
