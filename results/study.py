@@ -137,7 +137,7 @@ STUDIES = {
         columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
         pairs=tuple(("segment", other) for other in ("token", "ppo", "grpo"))),
     "table3": Study("SAPO Table 3: where segments end", {
-        s: setting("sapo", segments=s) for s in train_small.SEGMENTS},
+        s: setting("sapo", **WIDE, segments=s) for s in train_small.SEGMENTS},
         pairs=tuple(("entropy", other) for other in train_small.SEGMENTS[1:])),
     "wordy-table3": Study("SAPO Table 3 in a world that talks", {
         s: setting("sapo", **REPORT, segments=s) for s in train_small.SEGMENTS},
