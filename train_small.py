@@ -404,11 +404,11 @@ def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollou
                     total[name] += share * float(x) / steps
             if learn_policy:
                 total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
-            norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) for model, _ in optimizers]
-            check_finite(grad_norm=torch.stack(norms))
+            norms = [float(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)) for m, _ in optimizers]
+            check_finite(grad_norm=torch.tensor(norms))
             for (model, optimizer), norm in zip(optimizers, norms):
                 if model is policy and learn_policy:
-                    total["grad_norm"] += float(norm) / steps
+                    total["grad_norm"] += norm / steps
                 if model is critic or learn_policy:
                     optimizer.step()
                 optimizer.zero_grad()

@@ -279,7 +279,8 @@ def train_once(options: dict) -> dict:
     with tempfile.TemporaryDirectory() as out:
         run = train_small.prepare(train_small.Config(**options, out=out))
         history, (_, after) = train_small.learn(run, look)
-    row = dict(command=command(options), seed=options["seed"], seconds=round(time.time() - start),
+    on = torch.cuda.get_device_name() if run.config.device == "cuda" else run.config.device
+    row = dict(command=command(options), seed=options["seed"], seconds=round(time.time() - start), device=on,
                torch=torch.__version__, transformers=transformers.__version__)
     greedy = train_small.rollout(run.policy, run.processor, run.task, run.task.held_out,
                                  run.config.max_tokens, greedy=True).texts
@@ -379,7 +380,7 @@ def study(name: str, workers: int = 1, seeds: int = 0) -> str:
 # ----------------------------------------------------------------------------------------------------- tables
 def rows_of(name: str, runs: dict) -> list[dict]:
     """A row of a study's CSV for each run."""
-    ends = ("seed", "seconds", "command", "torch", "transformers")
+    ends = ("seed", "seconds", "command", "device", "torch", "transformers")
     columns = (*STUDIES[name].columns, *(f"{column}_base" for column in ACCURACY), *ends)
     return [dict(label=label) | {column: value_of(run, column) for column in columns}
             for label, its in runs.items() for run in its]

@@ -685,3 +685,12 @@ def test_the_shipped_model_learns(tmp_path, monkeypatch, capsys):
     assert abs(explained[0]) < 1e-6 and fmean(explained[1:4]) > 0.05, explained  # the head starts at 0
     assert max(row.get("first_ratio_deviation", 0) for row in rows) < 1e-5
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and "before   after" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("algo", train_small.ALGORITHMS)
+def test_trains_on_a_gpu(mini, tmp_path, coin, algo):
+    options = dict(algo=algo, device="cuda", iterations=3, critic_warmup=1, eval_every=3)
+    config = small(mini, **options, out=str(tmp_path / "run"))
+    history, _ = train_small.learn(train_small.prepare(config))
+    assert max(row.get("first_ratio_deviation", 0) for row in history) < 1e-3 and history[3]["grad_norm"] > 0
