@@ -25,6 +25,7 @@ def load_policy(name: str, device: str, dtype: torch.dtype = torch.float32) -> t
         raise ValueError(f"model is {name!r}: expected all weights, but {missing[0]} and "
                          f"{len(missing) - 1} more are missing or of another shape")
     policy = policy.to(device).eval()  # eval: no dropout, or the first ratio is not 1
+    torch.backends.cudnn.allow_tf32 = False  # nor is it where rounding in an image tower hangs on batch size
     own, tokenizer = policy.generation_config.eos_token_id, processor.tokenizer
     eos = tokenizer.eos_token_id if own is None else own  # 0 is an id like any other
     eos = eos if isinstance(eos, list) else [eos]
@@ -44,7 +45,11 @@ def banned_ids(policy) -> list[int]:
 
 def encode(processor, instruction: str, images: list, questions: list[str], device: str) -> dict[str, Tensor]:
     """The model's inputs for prompts of an image and a question, padded on the left. Images stay in main
-    memory until `take` moves some: in tiles, those of 128 prompts are gigabytes."""
+    memory until `take` moves some: in tiles, those of 128 prompts are gigabytes. ValueError: a question with an
+    image's placeholder, for which there would be no image."""
+    for question in questions:
+        if (token := getattr(processor, "image_token", None)) and token in question:
+            raise ValueError(f"question is {question[:80]!r}: expected one without {token}")
     system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
     users = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]} for q in questions]
     if processor.chat_template is None:

@@ -129,7 +129,7 @@ def make_tokenizer(family):
         extra_special_tokens=family.named)
 
 
-def make_model(family, folder):
+def make_model(family, folder, vocab_size=None):
     """Save model and processor. Weights are drawn wide, or all tokens would be about as likely."""
     tokenizer, template = make_tokenizer(family), None
     if family.turn:
@@ -148,7 +148,8 @@ def make_model(family, folder):
 
     make = getattr(transformers, family.name + "ForConditionalGeneration")
     config = make.config_class(**copy.deepcopy(family.config))
-    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=1, pad_token_id=0, vocab_size=len(tokenizer))
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=1, pad_token_id=0)
+    ids["vocab_size"] = vocab_size or len(tokenizer)
     image = family.named.get("image_token", processor.image_token)
     named = dict(image=image, video="<video>", vision_start="<|vision_start|>", vision_end="<|vision_end|>")
     ids |= {f"{name}_token_id": SPECIAL.index(token) for name, token in named.items()}

@@ -262,3 +262,33 @@ def test_the_bill_counts_what_is_there(folder, changes, capsys):
     assert rows["KV cache"] == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     real_vlm.print_bill(config)
     assert "fits the" in capsys.readouterr().out
+
+
+SMOLVLM = FAMILIES["smolvlm"]._replace(  # SmolVLM-256M's shape
+    images=("SmolVLM", dict(size=dict(longest_edge=2048), max_image_size=dict(longest_edge=512))),
+    config=dict(
+        text_config=dict(model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9, num_key_value_heads=3, head_dim=64),
+        vision_config=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                           num_attention_heads=12, image_size=512, patch_size=16),
+        scale_factor=4),
+    settings=dict(image_seq_len=64))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_bill_is_what_a_gpu_needs(tmp_path, monkeypatch):
+    """A training step of a model of true size, with random weights, 1,300 + 1,024 tokens and two at a time."""
+    make_model(SMOLVLM, tmp_path / "model", vocab_size=49280)
+    options = dict(model=str(tmp_path / "model"), out=str(tmp_path / "run"), device="cuda", responses=2,
+                   mini_batches=1, critic_warmup=0, checkpointing=True)
+    config = real_vlm.complete(real_vlm.RealConfig(**options))
+    drawn = [replace(p, image=p.image.resize((512, 512))) for p in many_sizes(4)]
+    task = train_small.Task(iter(drawn), [], real_vlm.INSTRUCTION, None)
+    monkeypatch.setattr(train_small.Rollout, "outcome", lambda roll: torch.rand(2, device="cuda"))
+    run = train_small.prepare(config, lambda _: task, real_vlm.load)
+    run.policy.generation_config.eos_token_id = [1]
+    for i in (1, 2):  # AdamW's state is there from the second on
+        roll, _, _, found = train_small.iterate(run, i, learn_policy=True)
+    assert found["first_ratio_deviation"] < 1e-4 and found["grad_norm"] > 0 and roll.ids.shape[1] == 1024
+    bill = real_vlm.bill(replace(config, prompt_tokens=roll.inputs["input_ids"].shape[1]))
+    assert 0.7 < torch.cuda.max_memory_allocated() / bill["total, at the worst moment"] < 1

@@ -295,7 +295,7 @@ def test_image_placeholders_are_neither_sampled_nor_scored(mini):  # pitfall 19
 def test_wrong_number_of_image_tokens_is_an_error(mini):  # pitfall 20
     policy, processor, *_ = train_small.load(small(mini))
     problem = toy_env.make_problem(0)
-    with pytest.raises(ValueError, match="(?i)number of <image> tokens.* 2 <image> tokens and 1 images"):
+    with pytest.raises(ValueError, match="question is '<image>.*: expected one without <image>"):
         train_small.encode(processor, INSTRUCTION, [problem.image], ["<image>" + problem.question], "cpu")
     inputs = train_small.encode(processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
     one_more = inputs["input_ids"][:, :1]
@@ -693,4 +693,4 @@ def test_trains_on_a_gpu(mini, tmp_path, coin, algo):
     options = dict(algo=algo, device="cuda", iterations=3, critic_warmup=1, eval_every=3)
     config = small(mini, **options, out=str(tmp_path / "run"))
     history, _ = train_small.learn(train_small.prepare(config))
-    assert max(row.get("first_ratio_deviation", 0) for row in history) < 1e-3 and history[3]["grad_norm"] > 0
+    assert max(row.get("first_ratio_deviation", 0) for row in history) < 1e-4 and history[3]["grad_norm"] > 0
