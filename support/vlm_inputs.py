@@ -45,8 +45,8 @@ def banned_ids(policy) -> list[int]:
 
 def encode(processor, instruction: str, images: list, questions: list[str], device: str) -> dict[str, Tensor]:
     """The model's inputs for prompts of an image and a question, padded on the left. Images stay in main
-    memory until `take` moves some: in tiles, those of 128 prompts are gigabytes. ValueError: a question with an
-    image's placeholder, for which there would be no image."""
+    memory until `take` moves some: in tiles, those of 128 prompts are gigabytes. ValueError: a question holds
+    an image's placeholder, for which there is no image."""
     for question in questions:
         if (token := getattr(processor, "image_token", None)) and token in question:
             raise ValueError(f"question is {question[:80]!r}: expected one without {token}")
