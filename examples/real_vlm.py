@@ -7,8 +7,8 @@
 
 With --memory it prints what the run would take instead, and loads no weights. train_small.py's options hold.
 It is also how to bring what is yours: the data and the reward make a Task, `load` makes the models, and
-train_small.prepare takes both. Ran (tests/test_real_vlm.py): tiny models on a CPU; models of these two shapes
-with random weights on a GPU. Never: their real weights.
+train_small.prepare takes both. Ran (tests/test_real_vlm.py): tiny models on a CPU. By hand: steps of models of
+these two shapes with random weights on a GPU. Never: their real weights.
 """
 
 import copy

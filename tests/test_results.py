@@ -109,6 +109,7 @@ def test_study_keeps_a_run_and_never_repeats_it(tmp_path, monkeypatch, mini, no_
     study.keep(study.train_once, options, study.path_of(options))
     run, = study.kept([options], study.train_once)
     assert run["options"] == options and len(run["history"]) == 3
+    assert run["row"]["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     assert {f"lift_{q}" for q in study.QUANTILES} <= set(run["history"][-1])
     assert run["row"]["accuracy_sampled"] == run["history"][-1]["accuracy_sampled"]
     assert study.path_of(dict(options, lr=2e-4)) != study.path_of(options)
