@@ -146,7 +146,7 @@ STUDIES = {
     "table3-last": Study("The same with V before a segment's last token, where the official code reads it", {
         s: setting("sapo", segments=s, value_at="last") for s in train_small.SEGMENTS}, seeds=range(2)),
     "figure3": Study("SAPO Fig. 3: lift of large value jumps at high entropy, by quantile (Eq. 12)", {
-        a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
+        a: setting(a, **WIDE) for a in ("ppo", "vc-ppo", "sapo")},
         columns=tuple(f"lift_{q}" for q in QUANTILES), curves=("lift_0.7", "lift_0.9", "lift_0.95")),
     "figure5": Study("SAPO Fig. 5: the share of tokens that end a segment", {
         f"{k} %": setting("sapo", top_percent=float(k)) for k in (5, 10, 20, 30, 50, 100)},
@@ -154,15 +154,12 @@ STUDIES = {
     "wordy-figure5": Study("SAPO Fig. 5 in a world that talks", {
         f"{k} %": setting("sapo", **REPORT, top_percent=float(k)) for k in (5, 10, 30, 50, 100)},
         curves=(*AT_THE_END, "blame_auroc"), against="top_percent"),
-    "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
+    "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a, **WIDE) for a in ("ppo", "vc-ppo", "sapo")},
         columns=("value_loss",), curves=("value_loss", "explained_variance", "explained_variance_last")),
     "figure7": Study("SAPO Fig. 7: entropy and response length", {
-        a: setting(a) for a in ("ppo", "sapo")}, columns=("entropy", "response_length"),
+        a: setting(a, **WIDE) for a in ("ppo", "sapo")}, columns=("entropy", "response_length"),
         curves=("entropy", "response_length")),
     "horizon": Study("Longer chains: does the gain grow with the horizon?", **horizon(3)),
-    "critic": Study("Where V is read, and lambda", {
-        **{f"{at}, lambda 0.9": setting("sapo", value_at=at) for at in ("start", "last")},
-        **{f"start, lambda {x}": setting("sapo", lam=x) for x in (0.8, 0.95, 0.99, 1.0)}}, seeds=range(3)),
     "features": Study("A critic without features: a tiny_vlm that was never taught what is true", {
         **{a: setting(a, model=UNTAUGHT) for a in ("grpo", "ppo", "vc-ppo")},
         "sapo, lambda 0.9": setting("sapo", model=UNTAUGHT),
