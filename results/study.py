@@ -161,9 +161,9 @@ STUDIES = {
         curves=("entropy", "response_length")),
     "horizon": Study("Longer chains: does the gain grow with the horizon?", **horizon(3)),
     "features": Study("A critic without features: a tiny_vlm that was never taught what is true", {
-        **{a: setting(a, model=UNTAUGHT) for a in ("grpo", "ppo", "vc-ppo")},
-        "sapo, lambda 0.9": setting("sapo", model=UNTAUGHT),
-        "sapo, lambda 0.99": setting("sapo", model=UNTAUGHT, lam=0.99)}, seeds=range(3),
+        **{a: setting(a, model=UNTAUGHT, **WIDE) for a in ("grpo", "ppo", "vc-ppo")},
+        "sapo, lambda 0.9": setting("sapo", model=UNTAUGHT, **WIDE),
+        "sapo, lambda 0.99": setting("sapo", model=UNTAUGHT, **WIDE, lam=0.99)},
         pairs=(("sapo, lambda 0.9", "ppo"), *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")))),
     "srpo": Study("SRPO's open choices", {
         **{a: setting(a) for a in ("grpo", "srpo")}, "blank": setting("srpo", contrast="blank"),
@@ -175,11 +175,11 @@ STUDIES = {
         "grpo": setting("grpo"), **{label: setting("srpo", **form) for label, form in VARIANTS.items()}},
         seeds=TUNING, columns=(*ACCURACY, *GROUNDED, "responses_to_80"), curves=("reward", "entropy")),
     "guessing": Study("A base model that guesses; the guess is right in 60 % of training, then never", {
-        **{a: setting(a, **GUESS) for a in ("grpo", "srpo")},
-        "srpo, sign-aware": setting("srpo", **GUESS, sign_aware=True),
-        "srpo, sign-aware, clip 0.2": setting("srpo", **GUESS, sign_aware=True, weight_clip=0.2),
-        **{a: setting(a, **GUESS) for a in ("ppo", "sapo")}},
-        columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy"),
+        **{a: setting(a, **GUESS, **WIDE) for a in ("grpo", "srpo")},
+        "srpo, sign-aware": setting("srpo", **GUESS, **WIDE, sign_aware=True),
+        "srpo, sign-aware, clip 0.2": setting("srpo", **GUESS, **WIDE, sign_aware=True, weight_clip=0.2),
+        **{a: setting(a, **GUESS, **WIDE) for a in ("ppo", "sapo")}},
+        seeds=range(10), columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy"),
         pairs=tuple((a, "grpo") for a in ("srpo", "srpo, sign-aware", "srpo, sign-aware, clip 0.2", "sapo"))),
     "guessing-forms": Study("The same: SRPO's contrasts and weights, on seeds of their own", {
         "grpo": setting("grpo", **GUESS), "grpo, 3.2e-4": setting("grpo", **GUESS, lr=3.2e-4),
