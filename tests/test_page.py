@@ -77,6 +77,7 @@ def test_chosen_are_other_problems_from_groups_with_both_outcomes_and_one_that_t
 
 
 def test_a_run_becomes_data_that_the_page_can_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_small.options, "best_device", lambda: "cpu")  # the page's
     config = train_small.complete(train_small.Config(
         operands=2, iterations=20, corruption="blank", device="cpu", out=str(tmp_path), save=True))
     policy, processor, critic, _ = train_small.load(config)

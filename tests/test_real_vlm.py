@@ -278,6 +278,8 @@ SMOLVLM = FAMILIES["smolvlm"]._replace(  # SmolVLM-256M's shape
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_the_bill_is_what_a_gpu_needs(tmp_path, monkeypatch):
     """Steps of a model of true size with random weights, 1,300 + 1,024 tokens, two at a time."""
+    for needed in ("torchvision", "num2words"):  # by its processor
+        pytest.importorskip(needed)
     make_model(SMOLVLM, tmp_path / "model", vocab_size=49280)
     options = dict(model=str(tmp_path / "model"), out=str(tmp_path / "run"), device="cuda", responses=2,
                    mini_batches=1, critic_warmup=0, checkpointing=True)

@@ -103,8 +103,8 @@ for line in sys.stdin:
 def server(tmp_path_factory):
     """The command in processes of its own, which are forked when all is imported. -> start(...), finish()"""
     folder = tmp_path_factory.mktemp("server")
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-                       TQDM_DISABLE="1")
+    places = os.pathsep.join(map(str, (ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", ""))))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=places, TQDM_DISABLE="1")
     process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
