@@ -31,7 +31,7 @@ import toy_env
 import train_small
 from results import study
 
-SEEDS = 3
+SEEDS = 5
 CHECKPOINTS = (5, 10, 20, 40)  # iterations
 PROMPTS, GROUP = 64, 8  # rollouts of a checkpoint
 PREFIXES, CONTINUATIONS = 64, 64  # of each kind of state

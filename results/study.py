@@ -35,10 +35,8 @@ HERE = Path(__file__).parent
 
 # The setting of the studies: a chain long enough, and few enough responses, that nothing saturates.
 SETTING = dict(operands=6, iterations=40, eval_every=40)
-WIDE = dict(eval_problems=1024)  # for what is reported: one problem is 0.001
 TUNING = (100, 101)  # the seeds that decide λ and rates; seeds 0 to 4 are reported
 TALK = dict(openings="many")
-REPORT = TALK | WIDE
 OFF_POLICY = dict(responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2)
 POLICIES = {"on-policy": {}, "off-policy": OFF_POLICY,
             "off-policy at half the rate": OFF_POLICY | dict(lr=8e-5)}
@@ -107,11 +105,11 @@ class Study(NamedTuple):
     against: str = ""  # x of the picture: an option; "": responses, over a training; "idle": pairs over that
 
 
-def horizon(seeds: int, **world) -> dict:
+def horizon(**world) -> dict:
     """Of a Study: three methods on chains of four lengths."""
     lengths = [f"{n} operands" for n in (2, 4, 6, 8)]
     return dict(runs={f"{a}, {n}": setting(a, **world, operands=int(n[0]))
-                      for n in lengths for a in ("grpo", "ppo", "sapo")}, seeds=range(seeds),
+                      for n in lengths for a in ("grpo", "ppo", "sapo")},
                 pairs=tuple((f"sapo, {n}", f"{a}, {n}") for a in ("grpo", "ppo") for n in lengths),
                 curves=AT_THE_END, against="operands")
 
@@ -121,49 +119,51 @@ STUDIES = {
         f"{a}, {1e4 * lr:g}e-4": setting(a, **BEST.get(a, {}) | dict(lr=lr))
         for a, rates in RATES.items() for lr in rates}, seeds=TUNING),
     "table1": Study("SAPO Table 1: six methods on equally many responses", {
-        **{a: setting(a, **WIDE) for a in RATE}, "grpo, tuned": setting("grpo", **WIDE, **BEST["grpo"]),
-        "srpo, clip 0.2": setting("srpo", **WIDE, weight_clip=0.2)},
+        **{a: setting(a) for a in RATE}, "grpo, tuned": setting("grpo", **BEST["grpo"]),
+        "srpo, clip 0.2": setting("srpo", weight_clip=0.2)},
         pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo", "grpo, tuned")),
                ("srpo", "grpo"), ("srpo", "grpo, tuned"), ("srpo, clip 0.2", "grpo"))),
     "choices": Study("Table 1 with V as in the official code, the paper's λ, or tuned on other seeds", {
-        **{a: setting(a, **WIDE) for a in ("grpo", "ppo", "vc-ppo", "sapo")},
-        "sapo, V at last": setting("sapo", **WIDE, value_at="last"),
-        "sapo, lambda 0.99": setting("sapo", **WIDE, lam=0.99),
-        **{f"{a}, tuned": setting(a, **WIDE, **BEST[a]) for a in ("ppo", "sapo")}},
+        **{a: setting(a) for a in ("grpo", "ppo", "vc-ppo", "sapo")},
+        "sapo, V at last": setting("sapo", value_at="last"),
+        "sapo, lambda 0.99": setting("sapo", lam=0.99),
+        **{f"{a}, tuned": setting(a, **BEST[a]) for a in ("ppo", "sapo")}},
         pairs=(*(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")),
                *(("sapo, tuned", a) for a in ("ppo, tuned", "vc-ppo", "grpo")))),
     "table2": Study("SAPO Table 2: ratio per token or per segment, off-policy: 32 updates on 512 responses", {
-        **{ratio: setting("sapo", **WIDE, **OFF_POLICY) | dict(ratio=ratio) for ratio in ("token", "segment")},
-        **{a: setting(a, **WIDE, **OFF_POLICY) for a in ("ppo", "grpo")}},
+        **{ratio: setting("sapo", **OFF_POLICY) | dict(ratio=ratio) for ratio in ("token", "segment")},
+        **{a: setting(a, **OFF_POLICY) for a in ("ppo", "grpo")}},
         columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
         pairs=tuple(("segment", other) for other in ("token", "ppo", "grpo"))),
     "table3": Study("SAPO Table 3: where segments end", {
-        s: setting("sapo", **WIDE, segments=s) for s in train_small.SEGMENTS},
+        s: setting("sapo", segments=s) for s in train_small.SEGMENTS},
         pairs=tuple(("entropy", other) for other in train_small.SEGMENTS[1:])),
     "wordy-table3": Study("SAPO Table 3 in a world that talks", {
-        s: setting("sapo", **REPORT, segments=s) for s in train_small.SEGMENTS},
+        s: setting("sapo", **TALK, segments=s) for s in train_small.SEGMENTS},
         pairs=tuple(("entropy", other) for other in train_small.SEGMENTS[1:])),
     "table3-last": Study("The same with V before a segment's last token, where the official code reads it", {
         s: setting("sapo", segments=s, value_at="last") for s in train_small.SEGMENTS}, seeds=range(2)),
     "figure3": Study("SAPO Fig. 3: lift of large value jumps at high entropy, by quantile (Eq. 12)", {
-        a: setting(a, **WIDE) for a in ("ppo", "vc-ppo", "sapo")},
+        a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
         columns=tuple(f"lift_{q}" for q in QUANTILES), curves=("lift_0.7", "lift_0.9", "lift_0.95")),
     "figure5": Study("SAPO Fig. 5: the share of tokens that end a segment", {
         f"{k} %": setting("sapo", top_percent=float(k)) for k in (5, 10, 20, 30, 50, 100)},
-        curves=(*AT_THE_END, "blame_auroc"), against="top_percent"),
+        curves=(*AT_THE_END, "blame_auroc"), against="top_percent",
+        pairs=tuple(("30 %", f"{k} %") for k in (5, 10, 20, 50, 100)) + (("50 %", "100 %"),)),
     "wordy-figure5": Study("SAPO Fig. 5 in a world that talks", {
-        f"{k} %": setting("sapo", **REPORT, top_percent=float(k)) for k in (5, 10, 30, 50, 100)},
+        f"{k} %": setting("sapo", **TALK, top_percent=float(k)) for k in (5, 10, 30, 50, 100)},
         curves=(*AT_THE_END, "blame_auroc"), against="top_percent"),
-    "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a, **WIDE) for a in ("ppo", "vc-ppo", "sapo")},
+    "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
         columns=("value_loss",), curves=("value_loss", "explained_variance", "explained_variance_last")),
     "figure7": Study("SAPO Fig. 7: entropy and response length", {
-        a: setting(a, **WIDE) for a in ("ppo", "sapo")}, columns=("entropy", "response_length"),
+        a: setting(a) for a in ("ppo", "sapo")}, columns=("entropy", "response_length"),
         curves=("entropy", "response_length")),
-    "horizon": Study("Longer chains: does the gain grow with the horizon?", **horizon(3)),
+    "horizon": Study("Longer chains: does the gain grow with the horizon?", seeds=range(3),
+                     **horizon()),
     "features": Study("A critic without features: a tiny_vlm that was never taught what is true", {
-        **{a: setting(a, model=UNTAUGHT, **WIDE) for a in ("grpo", "ppo", "vc-ppo")},
-        "sapo, lambda 0.9": setting("sapo", model=UNTAUGHT, **WIDE),
-        "sapo, lambda 0.99": setting("sapo", model=UNTAUGHT, **WIDE, lam=0.99)},
+        **{a: setting(a, model=UNTAUGHT) for a in ("grpo", "ppo", "vc-ppo")},
+        "sapo, lambda 0.9": setting("sapo", model=UNTAUGHT),
+        "sapo, lambda 0.99": setting("sapo", model=UNTAUGHT, lam=0.99)},
         pairs=(("sapo, lambda 0.9", "ppo"), *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")))),
     "srpo": Study("SRPO's open choices", {
         **{a: setting(a) for a in ("grpo", "srpo")}, "blank": setting("srpo", contrast="blank"),
@@ -175,10 +175,10 @@ STUDIES = {
         "grpo": setting("grpo"), **{label: setting("srpo", **form) for label, form in VARIANTS.items()}},
         seeds=TUNING, columns=(*ACCURACY, *GROUNDED, "responses_to_80"), curves=("reward", "entropy")),
     "guessing": Study("A base model that guesses; the guess is right in 60 % of training, then never", {
-        **{a: setting(a, **GUESS, **WIDE) for a in ("grpo", "srpo")},
-        "srpo, sign-aware": setting("srpo", **GUESS, **WIDE, sign_aware=True),
-        "srpo, sign-aware, clip 0.2": setting("srpo", **GUESS, **WIDE, sign_aware=True, weight_clip=0.2),
-        **{a: setting(a, **GUESS, **WIDE) for a in ("ppo", "sapo")}},
+        **{a: setting(a, **GUESS) for a in ("grpo", "srpo")},
+        "srpo, sign-aware": setting("srpo", **GUESS, sign_aware=True),
+        "srpo, sign-aware, clip 0.2": setting("srpo", **GUESS, sign_aware=True, weight_clip=0.2),
+        **{a: setting(a, **GUESS) for a in ("ppo", "sapo")}},
         seeds=range(10), columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy"),
         pairs=tuple((a, "grpo") for a in ("srpo", "srpo, sign-aware", "srpo, sign-aware, clip 0.2", "sapo"))),
     "guessing-forms": Study("The same: SRPO's contrasts and weights, on seeds of their own", {
@@ -199,40 +199,39 @@ STUDIES = {
     "openings": Study("SAPO minus PPO: when do segments pay?", {
         f"{a}, {policy}, {kind}": setting(a, **how, **more) | (SEGMENT if a == "sapo" and how else {})
         for policy, how in POLICIES.items()
-        for kind, more in (("none", WIDE), ("few", REPORT | dict(openings="few")),
-                           ("many", REPORT))
-        for a in ("ppo", "sapo") if (policy, kind) != ("off-policy at half the rate", "few")},
+        for kind, more in (("none", {}), ("few", dict(openings="few")), ("many", TALK))
+        for a in ("ppo", "sapo")},
         columns=(*ACCURACY, "responses_to_80"), against="idle",
         curves=("accuracy_sampled", "accuracy_greedy", "faithful_sampled"),
         pairs=tuple((f"sapo, {policy}, {kind}", f"ppo, {policy}, {kind}")
                     for policy in POLICIES for kind in toy_env.OPENED)),
     "wordy-table1": Study("SAPO Table 1 in a world that talks", {
-        **{a: setting(a, **REPORT) for a in RATE},
-        "grpo, twice the rate": setting("grpo", **REPORT, **BEST["grpo"]),
-        **{f"{a}, lambda {x}": setting(a, **REPORT, lam=x)
+        **{a: setting(a, **TALK) for a in RATE},
+        "grpo, twice the rate": setting("grpo", **TALK, **BEST["grpo"]),
+        **{f"{a}, lambda {x}": setting(a, **TALK, lam=x)
            for a, x in (("ppo", 0.9), ("vc-ppo", 0.95), ("sapo", 0.8), ("sapo", 0.99))}},
         columns=(*ACCURACY, "perception_sampled", "responses_to_80", *CRITIC),
         pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo", "grpo, twice the rate", "ppo, lambda 0.9")),
                *(("sapo, lambda 0.8", a) for a in ("ppo", "vc-ppo, lambda 0.95")),
                *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"))),
     "wordy-falls": Study("What holds the two runs of wordy-figure5 that fall on seed 1", {
-        f"{k} %, {label}": setting("sapo", **REPORT, top_percent=float(k), **more) for k in (5, 50)
+        f"{k} %, {label}": setting("sapo", **TALK, top_percent=float(k), **more) for k in (5, 50)
         for label, more in (("as it is", {}), ("half the rate", dict(lr=8e-5)),
                             ("token ratio", dict(ratio="token")),
                             ("returns with lambda 1", dict(lam_returns=1.0)))},
         seeds=(1,), columns=(*ACCURACY, "responses_to_80", *RATIO),
         curves=("reward", "kl_step", "explained_variance")),
-    "wordy-horizon": Study("Longer chains in a world that talks", **horizon(5, **REPORT)),
+    "wordy-horizon": Study("Longer chains in a world that talks", **horizon(**TALK)),
     "wordy-table2": Study("SAPO Table 2 in a world that talks: 32 updates on 512 responses", {
-        **{x: setting("sapo", **REPORT, **OFF_POLICY) | dict(ratio=x) for x in ("token", "segment")},
-        **{a: setting(a, **REPORT, **OFF_POLICY) for a in ("ppo", "grpo")},
-        "segment, half the rate": setting("sapo", **REPORT, **OFF_POLICY, lr=8e-5) | SEGMENT,
-        "ppo, half the rate": setting("ppo", **REPORT, **OFF_POLICY, lr=8e-5)},
+        **{x: setting("sapo", **TALK, **OFF_POLICY) | dict(ratio=x) for x in ("token", "segment")},
+        **{a: setting(a, **TALK, **OFF_POLICY) for a in ("ppo", "grpo")},
+        "segment, half the rate": setting("sapo", **TALK, **OFF_POLICY, lr=8e-5) | SEGMENT,
+        "ppo, half the rate": setting("ppo", **TALK, **OFF_POLICY, lr=8e-5)},
         columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
         pairs=(("segment", "token"), ("segment", "ppo"), ("segment, half the rate", "ppo, half the rate"))),
     "off-policy": Study("SAPO minus PPO off-policy, on ten seeds", {
         f"{a}, {world}": setting(a, **OFF_POLICY, **its) | (SEGMENT if a == "sapo" else {})
-        for world, its in (("plain", WIDE), ("with words at half the rate", REPORT | dict(lr=8e-5)))
+        for world, its in (("plain", {}), ("with words at half the rate", TALK | dict(lr=8e-5)))
         for a in ("ppo", "sapo")}, seeds=range(10), columns=(*ACCURACY, "responses_to_80"),
         pairs=tuple((f"sapo, {x}", f"ppo, {x}") for x in ("plain", "with words at half the rate"))),
 }
@@ -350,10 +349,18 @@ def mean_of(history: list[dict], name: str) -> float | None:
     return fmean(values) if values else None
 
 
+def jobs_of(name: str, seeds: int = 0) -> list[tuple[str, dict]]:
+    """(label, options) of a study's runs. Seeds that decide are evaluated on 256 problems, as train_small.py
+    does it; what is reported on 1,024: one of them is 0.001."""
+    its = STUDIES[name]
+    wide = {} if its.seeds == TUNING else dict(eval_problems=1024)
+    return [(label, dict(options, seed=seed, **wide)) for label, options in its.runs.items()
+            for seed in its.seeds[: seeds or None]]
+
+
 def runs_of(name: str, workers: int = 1, seeds: int = 0) -> dict:
     """label → a study's runs, one for each seed."""
-    seeds = STUDIES[name].seeds[: seeds or None]
-    jobs = [(label, dict(options, seed=s)) for label, options in STUDIES[name].runs.items() for s in seeds]
+    jobs = jobs_of(name, seeds)
     runs = {path_of(run["options"]): run for run in kept([its for _, its in jobs], train_once, workers)}
     return gather((label, runs.get(path_of(its))) for label, its in jobs)
 
