@@ -158,7 +158,7 @@ STUDIES = {
     "figure7": Study("SAPO Fig. 7: entropy and response length", {
         a: setting(a) for a in ("ppo", "sapo")}, columns=("entropy", "response_length"),
         curves=("entropy", "response_length")),
-    "horizon": Study("Longer chains: does the gain grow with the horizon?", seeds=range(3),
+    "horizon": Study("Longer chains: does the gain grow with the horizon?", seeds=range(4),
                      **horizon()),
     "features": Study("A critic without features: a tiny_vlm that was never taught what is true", {
         **{a: setting(a, model=UNTAUGHT) for a in ("grpo", "ppo", "vc-ppo")},
