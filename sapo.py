@@ -151,7 +151,7 @@ def _segments(ends: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
 
 # ------------------------------------------------------------------------------------------------- advantages
 @torch.no_grad()
-def kl_rewards(outcome: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor,
+def kl_rewards(outcome: Tensor, log_probs: Tensor, ref_log_probs: Tensor | None, mask: Tensor,
                kl_coef: float) -> Tensor:
     """The outcome on the last response token, a k1 KL penalty on every token. Table 7 (arXiv 2605.01327).
 
@@ -161,6 +161,7 @@ def kl_rewards(outcome: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: 
     >>> kl_rewards(torch.ones(1), torch.zeros(1, 2), -torch.ones(1, 2), torch.ones(1, 2), kl_coef=0.25)
     tensor([[-0.2500,  0.7500]])
     """
+    ref_log_probs = log_probs if ref_log_probs is None else ref_log_probs   # no reference, no penalty
     outcome = _to_tokens(outcome=outcome, mask=mask)                        # (B, T)
     mask = _check(mask=mask, outcome=outcome, log_probs=log_probs, ref_log_probs=ref_log_probs)
     _check_range(0, math.inf, kl_coef=kl_coef)

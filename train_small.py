@@ -1,22 +1,21 @@
 """Train a small vision-language model with SAPO, SRPO, GRPO, GSPO, PPO or VC-PPO: `python train_small.py`.
 
-Read from top to bottom, in the order of a training step:
+Read from top to bottom. `step` is one iteration of the paper's algorithm; what it calls stands before it, in
+the order of the calls:
 
-    Config → load → rollout → score_all → assign_credit → update → evaluate → prepare → learn → main
+    Config → rollout → score_all → assign_credit → update → step → evaluate → prepare → learn → main
 
-`learn` is the loop. All algorithms share every function; they differ in ALGORITHMS and, side by side, in
-`assign_credit` and `policy_objective`. The maths is in sapo.py and srpo.py, the world in toy_env.py. The
-default model, tiny_vlm/, is loaded, sampled and saved as any other would be.
+The algorithms share every function. They differ in ALGORITHMS and, side by side, in `assign_credit` and
+`policy_objective`. The maths is in sapo.py and srpo.py, the world in toy_env.py. What stands in support/
+handles models, their inputs, the command line and a run's folder. B responses, T tokens.
 """
 
-import copy
-import itertools
 import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -32,22 +31,17 @@ from transformers.hf_argparser import HfArg
 import sapo
 import srpo
 import toy_env
-from support import options, run_folder
-from support.run_folder import NotFinite, Stopped, check_finite
-from support.vlm_inputs import banned_ids, encode, full_inputs, load_policy, read_tokens, take
+from support import curves, options, run_folder
+from support.data import Task, take_prompts, toy_task
+from support.inputs import banned_ids, encode, full_inputs, read_tokens, take
+from support.models import load, make_optimizers, save
+from support.run_folder import Stopped, check_finite
 from toy_env import Problem
 
-TINY_VLM = str(Path(__file__).resolve().parent / "tiny_vlm")
-WORDY = str(Path(TINY_VLM) / "wordy")  # the same model, after it learned to talk
-INSTRUCTION = (  # for models that do not know the format; tiny_vlm's chat template leaves it out
-    "Read the numbers of all cells in reading order inside <perception></perception>, compute from left to "
-    "right, one line per operation, inside <think></think>, and give the final number inside "
-    "<answer></answer>.")
 LOGITS = 2**25  # as many are turned to fp32 at a time: 128 MB
 PATCH = 16  # pixels blackened at a time in SRPO's corrupted image: one cell of the toy world
 
-
-# ----------------------------------------------------------------------------------------------------- config
+# ---------------------------------------------------------------------------------------------------- options
 # group: responses per prompt. kl_coef (Table 7): of k1 in the reward or, without a critic, of k3 in the loss.
 ALGORITHMS = {
     "sapo": dict(critic=True, group=1, lam=0.99, kl_coef=0.001),
@@ -61,53 +55,32 @@ SEGMENTS = "entropy", "newline", "step", "probability"
 
 
 @dataclass
-class Config:
-    """Every option of the command line. None: what ALGORITHMS or `complete` says. "paper": SAPO's Table 7."""
+class Config(options.StudyOptions):
+    """The options that a person sets; support/options.py has all others, and what None becomes. "paper":
+    SAPO's Table 7."""
 
     algo: Literal[tuple(ALGORITHMS)] = HfArg(default="sapo", help="the algorithm")
-    seed: int = HfArg(default=0, help="seed of sampling, problems and mini-batches")
-    iterations: int = HfArg(default=30, help="each samples, scores and updates (the studies: 40; paper: 200)")
-    responses: int = HfArg(default=128, help="responses per iteration (paper: 512)")
-    mini_batches: int = HfArg(default=4, help="updates per epoch over an iteration's responses (paper: 4)")
-    epochs: int = HfArg(default=1, help="passes over the responses of an iteration (paper: 1)")
-    micro_batch: int | None = HfArg(default=None, help="responses per pass (2; tiny_vlm: 0, as many as go)")
-    critic_warmup: int = HfArg(default=5, help="first iterations, for a critic alone (ours, after VC-PPO)")
-    lr: float | None = HfArg(default=None, help="policy's rate, falls to 0 (paper: 1e-6; tiny_vlm: 1.6e-4)")
-    critic_lr: float | None = HfArg(default=None, help="critic's pretrained part (paper: 2e-6; tiny: 5e-5)")
-    head_lr: float | None = HfArg(default=None, help="critic's value head (paper: 2e-6; tiny_vlm: 2e-3)")
-    temperature: float = HfArg(default=1.0, help="sampling temperature, also applied in scoring")
-    gamma: float = HfArg(default=1.0, help="discount per segment (paper)")
-    lam: float | None = HfArg(default=None, help="lambda of GAE (PPO: 0.95; SAPO: 0.99, tiny_vlm: 0.9)")
-    lam_returns: float | None = HfArg(default=None, help="lambda of the returns, if another (VC-PPO: 1)")
-    kl_coef: float | None = HfArg(default=None, help="KL penalty (paper: reward 0.001; GRPO: loss 0.01)")
-    clip_low: float | None = HfArg(default=None, help="clip below 1 (0.2; paper: epsilon)")
-    clip_high: float | None = HfArg(default=None, help="clip above 1 (0.2; official script: 0.28)")
     segments: Literal[SEGMENTS] = HfArg(default="entropy", help="where SAPO's segments end (Table 3)")
-    top_percent: float = HfArg(default=30.0, help="share of tokens that end a segment, percent (paper: 30)")
-    ratio: Literal["segment", "token"] = HfArg(default="segment", help="SAPO's importance ratio (Table 2)")
-    value_at: Literal["start", "last"] = HfArg(default="start", help="V is read before it (official: last)")
-    whiten: bool = HfArg(default=False, help="whiten the critic methods' advantages (official code)")
-    contrast: Literal["blind", "blank", "masked"] = HfArg(default="blind", help="SRPO: of reasoning: the "
-                                                          "image's, or readings blanked or masked")
-    weights: Literal[srpo.FORMS] = HfArg(default="exp", help="SRPO: how contrasts become weights")
-    weight_temperature: float = HfArg(default=1.0, help="SRPO: divides the contrasts (S4)")
-    weight_clip: float = HfArg(default=0.5, help="SRPO: the furthest of a weight from 1 (S4)")
-    corruption: Literal["patches", "noise", "blur", "blank"] = HfArg(default="patches", help="of images")
-    sign_aware: bool = HfArg(default=False, help="SRPO: turn weights around where the advantage is negative")
-    operands: int = HfArg(default=4, help="toy world: numbers in a question, 2 to 8 (the studies: 6)")
-    distractors: int = HfArg(default=0, help="toy world: cells that the question does not use")
-    operators: str = HfArg(default="+-", help="toy world: any of +-×")
-    prior: float = HfArg(default=0.0, help="toy world: share of training questions that tell the answer")
-    openings: Literal[tuple(toy_env.OPENED)] = HfArg(default="none", help="toy world: idle words")
-    max_tokens: int | None = HfArg(default=None, help="longest response (paper: 2048; tiny_vlm: by operands)")
-    model: str | None = HfArg(default=None, help="folder or hub name for from_pretrained (tiny_vlm)")
-    dataset: str | None = HfArg(default=None, help="folder or name for load_dataset: image, question, answer")
+    top_percent: float = HfArg(default=30.0, help="percentage of tokens that end a segment (paper: 30)")
+    lam: float | None = HfArg(default=None, help="lambda of GAE (SAPO: 0.99, tiny_vlm: 0.9; PPO: 0.95)")
+    kl_coef: float | None = HfArg(default=None, help="KL penalty (paper: reward 0.001; GRPO: loss 0.01)")
+    clip_low: float | None = HfArg(default=None, help="the ratio's clip below 1 (paper: epsilon)")
+    clip_high: float | None = HfArg(default=None, help="and above 1 (official script: 0.28)")
+    seed: int = HfArg(default=0, help="seed of sampling, problems and mini-batches")
+    iterations: int = HfArg(default=30, help="each samples, scores and updates (paper: 200)")
+    responses: int = HfArg(default=128, help="responses per iteration (paper: 512)")
+    lr: float | None = HfArg(default=None, help="learning rate of the policy, falls linearly to 0")
     eval_every: int = HfArg(default=10, help="iterations between evaluations")
-    eval_problems: int = HfArg(default=256, help="held-out problems per evaluation")
-    device: str | None = HfArg(default=None, help="cuda, mps or cpu (default: the first there is)")
-    out: str | None = HfArg(default=None, help="the run's folder, a new one (default: runs/ALGO-SEED)")
+    device: str | None = HfArg(default=None, help="cuda, mps or cpu (the first there is)")
+    out: str | None = HfArg(default=None, help="the run's folder, a new one (runs/ALGO-SEED)")
     resume: str | None = HfArg(default=None, help="a run's folder: go on from its last checkpoint")
     save: bool = HfArg(default=False, help="save the trained model in OUT/model, its critic in OUT/critic.pt")
+    model: str | None = HfArg(default=None, help="folder or hub name for from_pretrained (tiny_vlm)")
+    max_tokens: int | None = HfArg(default=None, help="longest response (tiny_vlm: by operands)")
+    operands: int = HfArg(default=4, help="numbers in a question, 2 to 8")
+    operators: str = HfArg(default="+-", help="any of +-×")
+    openings: Literal[tuple(toy_env.OPENED)] = HfArg(default="none", help="filler words in the responses")
+    micro_batch: int | None = HfArg(default=None, help="responses per forward pass; 0: all that there are")
 
     @property
     def critic(self) -> bool:
@@ -117,74 +90,15 @@ class Config:
     def group(self) -> int:
         return ALGORITHMS[self.algo]["group"]
 
+    @property
+    def warmup(self) -> int:
+        """The first iterations, in which the policy does not learn."""
+        return self.critic_warmup if self.critic else 0
+
 
 def complete(config: Config) -> Config:
-    """The config with every None replaced (but for GAE's, where there is no critic), or ValueError before any
-    work is done."""
-    if config.algo not in ALGORITHMS:
-        raise ValueError(f"algo is {config.algo!r}: expected one of {', '.join(ALGORITHMS)}")
-    if config.model is None:
-        config = replace(config, model=TINY_VLM if config.openings == "none" else WORDY)
-    own = str(Path(config.model).resolve())
-    if own == TINY_VLM and config.openings != "none":
-        raise ValueError(f"model is {config.model!r}: expected {WORDY}, which knows the openings")
-    defaults = dict(clip_low=0.2, clip_high=0.2, lr=1e-6, critic_lr=2e-6, head_lr=2e-6, max_tokens=2048,
-                    micro_batch=2, device=options.best_device(), out=f"runs/{config.algo}-{config.seed}")
-    defaults |= ALGORITHMS[config.algo]
-    if own in (TINY_VLM, WORDY):  # tuned on them; lambda for a dozen segments
-        defaults |= dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, max_tokens=16 * config.operands + 40)
-        defaults |= dict(micro_batch=0) | (dict(lam=0.9) if config.algo == "sapo" else {})
-    names = [name for name in defaults if name not in ("critic", "group") and getattr(config, name) is None]
-    config = replace(config, **{name: defaults[name] for name in names})
-    options.check(config)
-    for prior in (config.prior, 0.0, float(config.prior > 0)):  # raises for one that cannot be drawn
-        toy_env.make_problem(0, prior=prior, **difficulty(config))
-    return config
-
-
-# --------------------------------------------------------------------------------------------- model and data
-def load(config: Config) -> tuple:
-    """Policy, processor, and, for the methods that need them, critic and frozen reference (else None)."""
-    policy, processor = load_policy(config.model, config.device)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef > 0 else None
-    critic = None
-    if config.critic:  # its own copy of the pretrained backbone, and a value head that starts at 0
-        hidden_size = policy.config.get_text_config().hidden_size
-        critic = sapo.SegmentCritic(copy.deepcopy(policy.model), hidden_size).to(config.device)
-    return policy, processor, critic, reference
-
-
-def difficulty(config: Config) -> dict:
-    return dict(operands=config.operands, distractors=config.distractors, operators=config.operators,
-                openings=config.openings)
-
-
-class Task(NamedTuple):
-    """What is to be learned. For one's own data and reward see examples/real_vlm.py."""
-
-    stream: Iterator[Problem]  # for training, endless
-    held_out: list[Problem]  # for evaluation, the same for every run
-    instruction: str
-    reward: Callable[[Problem, str], float]  # of a problem and a response's text, from 0 to 1
-    skipped: Collection = ()  # rows of a data set that could not be read
-
-
-def toy_task(config: Config) -> Task:
-    """The toy world. `prior` holds in training problems alone."""
-    seeds = itertools.count(config.seed * 10**9)
-    stream = (toy_env.make_problem(i, prior=config.prior, **difficulty(config)) for i in seeds)
-    held_out = toy_env.make_problems(config.eval_problems, split="eval", **difficulty(config))
-    return Task(stream, held_out, INSTRUCTION, toy_env.reward)
-
-
-def dataset_task(config: Config, instruction: str = INSTRUCTION,
-                 reward: Callable[[Problem, str], float] | None = None) -> Task:
-    """A data set with image(s), question or problem, and answer."""
-    from examples.own_data import problems_of
-
-    prompts = config.responses // config.group
-    stream, held_out, skipped = problems_of(config.dataset, config.eval_problems, prompts, config.seed)
-    return Task(stream, held_out, instruction, reward or toy_env.reward, skipped)
+    """The config with every None replaced, or ValueError before any work is done."""
+    return options.complete(config, ALGORITHMS)
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
@@ -199,6 +113,7 @@ class Rollout(NamedTuple):
     truncated: Tensor  # (B,) no end-of-sequence token within max_tokens
     pieces: list[list[str]]  # the text of each token, "" for special ones
     texts: list[str]  # (B,) responses
+    image_ids: Sequence[int] = ()  # ids of image placeholders: never sampled
 
     def outcome(self) -> Tensor:
         """(B,) the task's reward; 0 for a truncated response, which has not answered."""
@@ -209,6 +124,15 @@ class Rollout(NamedTuple):
         """(B,) right, and without a false statement on the way."""
         right = zip(self.outcome().tolist(), self.problems, self.texts)
         return [outcome == 1 and toy_env.faithful(p, text) for outcome, p, text in right]
+
+    def part(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Some rows as `score` and `value` take them: the prompts' inputs, the responses' ids and mask."""
+        return take(self.inputs, rows, self.image_ids), self.ids[rows], self.mask[rows]
+
+
+def parts(n: int, micro_batch: int) -> tuple[Tensor, ...]:
+    """The rows 0 … n - 1, as many at a time as fit in memory."""
+    return torch.arange(n).split(micro_batch or n)
 
 
 @torch.no_grad()
@@ -230,7 +154,7 @@ def rollout(policy, processor, task: Task, problems: list[Problem], max_tokens: 
     T = int(mask.sum(1).max())
     ids, mask, truncated = ids[:, :T], mask[:, :T], ~is_eos.any(1)
     pieces, texts = read_tokens(processor.tokenizer, ids, mask)
-    return Rollout(task, problems, inputs, ids, mask, truncated, pieces, texts)
+    return Rollout(task, problems, inputs, ids, mask, truncated, pieces, texts, banned)
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -253,22 +177,17 @@ def score(model, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, temperatu
 
 
 def value(critic: sapo.SegmentCritic, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-    """The critic's values (B, T)."""
+    """The critic's values (B, T): before each token, what it predicts of the outcome."""
     return critic(ids.shape[1], **full_inputs(inputs, ids, mask), use_cache=False)
 
 
 class Scored(NamedTuple):
-    """What policy, reference and critic say of a rollout. All (B, T), no gradient; None: not needed."""
+    """A rollout under policy, reference and critic. All (B, T), no gradient; None: not needed."""
 
-    log_probs: Tensor
+    log_probs: Tensor  # of the policy that sampled: old_log_probs in sapo.py
     entropy: Tensor
     ref_log_probs: Tensor | None = None
     values: Tensor | None = None
-
-
-def parts(n: int, micro_batch: int) -> tuple[Tensor, ...]:
-    """The rows 0 … n - 1, as many at a time as fit in memory."""
-    return torch.arange(n).split(micro_batch or n)
 
 
 @torch.no_grad()
@@ -276,7 +195,7 @@ def score_all(config: Config, policy, reference, critic, roll: Rollout) -> Score
     """The policy's log-probabilities and entropy, the reference's log-probabilities, the critic's values."""
     scored = []
     for rows in parts(len(roll.ids), config.micro_batch):
-        these = take(roll.inputs, rows, banned_ids(policy)), roll.ids[rows], roll.mask[rows]
+        these = roll.part(rows)
         log_probs, entropy = score(policy, *these, config.temperature)
         ref_log_probs = score(reference, *these, config.temperature)[0] if reference else None
         values = value(critic, *these) if critic else None
@@ -284,7 +203,7 @@ def score_all(config: Config, policy, reference, critic, roll: Rollout) -> Score
     return Scored(*(None if column[0] is None else torch.cat(column) for column in zip(*scored)))
 
 
-# --------------------------------------------------------------------------- what differs between the methods
+# ------------------------------------------------------------------- credit: where the algorithms differ most
 class Credit(NamedTuple):
     """Constants of an update, all (B, T): the segments of the ratio, and targets for policy and critic."""
 
@@ -292,6 +211,29 @@ class Credit(NamedTuple):
     advantages: Tensor
     returns: Tensor | None = None
     value_mask: Tensor | None = None
+    roles: Tensor | None = None  # SRPO: perception and reasoning tokens
+
+
+def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scored,
+                  outcome: Tensor) -> Credit:
+    """Each algorithm's advantages; for those with a critic also its targets. outcome (B,) -> Credit."""
+    mask = roll.mask
+    check_finite(reward=outcome, **{k: x[mask] for k, x in scored._asdict().items() if x is not None})
+    if config.critic:  # SAPO, PPO, VC-PPO: GAE over segments
+        rewards = sapo.kl_rewards(outcome, scored.log_probs, scored.ref_log_probs, mask, config.kl_coef)
+        ends = segment_ends(config, roll, scored)
+        advantages, returns, value_mask = sapo.segment_gae(
+            rewards, scored.values, ends, mask, config.gamma, config.lam, config.value_at, config.lam_returns)
+        advantages = sapo.whiten(advantages, mask) if config.whiten else advantages
+        ratio_ends = sapo.ends_every_token(mask) if config.ratio == "token" else ends  # Table 2's ablation
+        return Credit(ratio_ends, advantages, returns, value_mask)
+
+    advantages = srpo.group_advantages(outcome, config.group)  # GRPO, GSPO, SRPO: (B,)
+    weights, roles = mask.float(), None
+    if config.algo == "srpo":
+        weights, roles = weigh_roles(config, policy, processor, roll, scored, advantages)
+    ends = sapo.ends_once(mask) if config.algo == "gspo" else sapo.ends_every_token(mask)
+    return Credit(ends, srpo.srpo_advantages(advantages, weights), roles=roles)
 
 
 def segment_ends(config: Config, roll: Rollout, scored: Scored) -> Tensor:
@@ -308,32 +250,11 @@ def segment_ends(config: Config, roll: Rollout, scored: Scored) -> Tensor:
     return sapo.ends_by_token(roll.ids, roll.mask, sorted(end_ids))
 
 
-def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scored,
-                  outcome: Tensor) -> Credit:
-    """Each algorithm's advantages; for those with a critic also its targets. outcome (B,) -> Credit."""
-    mask = roll.mask
-    if config.critic:  # SAPO, PPO, VC-PPO: GAE over segments
-        ref_log_probs = scored.log_probs if scored.ref_log_probs is None else scored.ref_log_probs
-        rewards = sapo.kl_rewards(outcome, scored.log_probs, ref_log_probs, mask, config.kl_coef)
-        ends = segment_ends(config, roll, scored)
-        advantages, returns, value_mask = sapo.segment_gae(
-            rewards, scored.values, ends, mask, config.gamma, config.lam, config.value_at, config.lam_returns)
-        advantages = sapo.whiten(advantages, mask) if config.whiten else advantages
-        ratio_ends = sapo.ends_every_token(mask) if config.ratio == "token" else ends  # Table 2's ablation
-        return Credit(ratio_ends, advantages, returns, value_mask)
-
-    advantages = srpo.group_advantages(outcome, config.group)  # GRPO, GSPO, SRPO: (B,)
-    weights = mask.float()
-    if config.algo == "srpo":
-        weights = weigh_roles(config, policy, processor, roll, scored, advantages)
-    ends = sapo.ends_once(mask) if config.algo == "gspo" else sapo.ends_every_token(mask)
-    return Credit(ends, srpo.srpo_advantages(advantages, weights))
-
-
 @torch.no_grad()
 def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored,
-                advantages: Tensor) -> Tensor:
-    """SRPO's weights (B, T): the policy scores its tokens again, without image or without perception."""
+                advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """SRPO's weights: the policy scores its tokens again, without image or without perception; and the tokens
+    that have a role. Both (B, T)."""
     ids, mask = roll.ids, roll.mask
     questions = [p.question for p in roll.problems]
     seed = int(torch.randint(2**31, ()))  # other patches in each iteration
@@ -342,36 +263,39 @@ def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored
     corrupted = encode(processor, roll.task.instruction, images, questions, ids.device)
     perception, reasoning = srpo.split_roles(roll.pieces, mask)
 
-    def without(inputs, seen, mask):
-        other = [score(policy, take(inputs, rows, banned_ids(policy)), ids[rows], mask[rows],
-                       config.temperature, seen[rows])[0] for rows in parts(len(ids), config.micro_batch)]
-        return srpo.contrast(scored.log_probs, torch.cat(other), roll.mask)  # (B, T)
+    def contrast(inputs, seen):
+        other = [score(policy, take(inputs, rows, roll.image_ids), ids[rows], mask[rows], config.temperature,
+                       seen[rows])[0] for rows in parts(len(ids), config.micro_batch)]
+        return srpo.contrast(scored.log_probs, torch.cat(other), mask)  # (S2), (B, T)
 
-    on_image = without(corrupted, ids, mask)
-    if config.contrast == "blind":
-        on_perception = -on_image
-    elif config.contrast == "blank":
+    on_image = contrast(corrupted, ids)
+    on_perception = -on_image
+    if config.contrast == "blank":
         pad = policy.generation_config.pad_token_id
-        on_perception = without(roll.inputs, srpo.blank_perception(ids, perception, pad), mask)
-    else:
-        on_perception = without(roll.inputs, ids, mask & ~perception)
-    sign = advantages if config.sign_aware else None
+        on_perception = contrast(roll.inputs, srpo.blank_perception(ids, perception, pad))
     contrasts = torch.where(perception, on_image, on_perception)
-    return srpo.role_weights(contrasts, perception, reasoning, config.weight_temperature, config.weight_clip,
-                             form=config.weights, sign=sign)
-
-
-def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: Credit,
-                     mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each algorithm, and its metrics."""
-    clips = dict(clip_low=config.clip_low, clip_high=config.clip_high)
-    if config.algo in ("grpo", "srpo"):
-        return srpo.grpo_loss(log_probs, scored.log_probs, credit.advantages, mask, **clips,
-                              ref_log_probs=scored.ref_log_probs, kl_coef=config.kl_coef)
-    return sapo.policy_loss(log_probs, scored.log_probs, credit.advantages, credit.ends, mask, **clips)
+    sign = advantages if config.sign_aware else None
+    weights = srpo.role_weights(contrasts, perception, reasoning, config.weight_temperature,
+                                config.weight_clip, sign=sign)  # (S3), (S4)
+    return weights, perception | reasoning
 
 
 # ----------------------------------------------------------------------------------------------------- update
+def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: Credit,
+                     mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each algorithm, (): SAPO's is Eq. 9; and its metrics."""
+    clips = dict(clip_low=config.clip_low, clip_high=config.clip_high)
+    if config.algo in ("grpo", "srpo"):
+        return srpo.grpo_loss(log_probs, scored.log_probs, credit.advantages, mask, **clips,
+                              ref_log_probs=scored.ref_log_probs, kl_coef=config.kl_coef)  # (S6)
+    return sapo.policy_loss(log_probs, scored.log_probs, credit.advantages, credit.ends, mask, **clips)
+
+
+def some(table: NamedTuple, rows: Tensor) -> NamedTuple:
+    """Some rows of a Scored or a Credit."""
+    return table._replace(**{name: x[rows] for name, x in table._asdict().items() if x is not None})
+
+
 def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollout, scored: Scored,
            credit: Credit, learn_policy: bool = True) -> dict[str, float]:
     """`epochs` passes over the rollout in mini-batches, a step of each optimizer on each. -> metrics: means;
@@ -382,37 +306,72 @@ def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollou
         for mini in torch.randperm(B).to(roll.ids.device).split(B // config.mini_batches):
             for rows in mini.split(config.micro_batch or len(mini)):
                 share = len(rows) / len(mini)  # every loss is a mean over responses, so shares add up exactly
-                these = take(roll.inputs, rows, banned_ids(policy)), roll.ids[rows], roll.mask[rows]
-                old, target = (type(x)(*(y if y is None else y[rows] for y in x)) for x in (scored, credit))
-                metrics = {}
+                metrics = backward(config, policy if learn_policy else None, critic, share, roll.part(rows),
+                                   some(scored, rows), some(credit, rows))
                 if learn_policy:
-                    log_probs, _ = score(policy, *these, config.temperature)
-                    check_finite(log_probs=log_probs[these[2]])
-                    loss, metrics = policy_objective(config, log_probs, old, target, roll.mask[rows])
-                    check_finite(loss=loss)
-                    (share * loss).backward()
-                    largest = max(total["max_ratio_deviation"], float(metrics.pop("max_ratio_deviation")))
-                    total["max_ratio_deviation"] = largest
-                if critic:
-                    values = value(critic, *these)
-                    check_finite(values=values[these[2]])
-                    loss = sapo.value_loss(values, target.returns, target.value_mask)
-                    check_finite(value_loss=loss)
-                    (share * loss).backward()
-                    metrics["value_loss"] = loss.detach()
+                    largest = float(metrics.pop("max_ratio_deviation"))
+                    total["max_ratio_deviation"] = max(total["max_ratio_deviation"], largest)
                 for name, x in metrics.items():
                     total[name] += share * float(x) / steps
-            if learn_policy:
-                total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
             norms = [float(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)) for m, _ in optimizers]
             check_finite(grad_norm=torch.tensor(norms))
-            for (model, optimizer), norm in zip(optimizers, norms):
-                if model is policy and learn_policy:
-                    total["grad_norm"] += norm / steps
+            for model, optimizer in optimizers:
                 if model is critic or learn_policy:
                     optimizer.step()
                 optimizer.zero_grad()
+            if learn_policy:
+                total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
+                total["grad_norm"] += norms[0] / steps
     return dict(total)
+
+
+def backward(config: Config, policy, critic, share: float, these: tuple, scored: Scored,
+             credit: Credit) -> dict[str, Tensor]:
+    """Add a micro-batch's part of the gradients of Eq. 9 and Eq. 10; a model that is None gets none. these:
+    its prompts, ids and mask. -> metrics of the micro-batch."""
+    mask, metrics = these[2], {}
+    if policy:
+        log_probs, _ = score(policy, *these, config.temperature)  # log pi_theta, (B, T)
+        check_finite(log_probs=log_probs[mask])
+        loss, metrics = policy_objective(config, log_probs, scored, credit, mask)
+        check_finite(loss=loss)
+        (share * loss).backward()
+    if critic:
+        values = value(critic, *these)  # V_phi, (B, T)
+        check_finite(values=values[mask])
+        loss = sapo.value_loss(values, credit.returns, credit.value_mask)  # Eq. 10
+        check_finite(value_loss=loss)
+        (share * loss).backward()
+        metrics["value_loss"] = loss.detach()
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------- step
+class Run(NamedTuple):
+    """What an iteration needs: models (None: not needed), problems and optimizers. `state`: of the checkpoint
+    that the run goes on from."""
+
+    config: Config
+    task: Task
+    policy: torch.nn.Module
+    processor: transformers.ProcessorMixin
+    critic: sapo.SegmentCritic | None
+    reference: torch.nn.Module | None
+    optimizers: list[tuple]
+    state: dict | None
+
+
+def step(run: Run, i: int) -> tuple[Rollout, Scored, Credit, dict[str, float]]:
+    """Iteration i of the algorithm, on B responses of up to T tokens. -> what it made of them, metrics."""
+    config, task, policy, processor, critic, reference, optimizers, _ = run
+    problems = take_prompts(config, task)  # x, (B,)
+    roll = rollout(policy, processor, task, problems, config.max_tokens, config.temperature,
+                   micro_batch=config.micro_batch)  # y ~ pi_old(. | x): ids and mask, (B, T)
+    outcome = roll.outcome()  # r(x, y), (B,)
+    scored = score_all(config, policy, reference, critic, roll)  # log pi_old, H, log pi_ref, V: (B, T)
+    credit = assign_credit(config, policy, processor, roll, scored, outcome)  # ends, A, R: (B, T)
+    metrics = update(config, policy, critic, optimizers, roll, scored, credit, learn_policy=i > config.warmup)
+    return roll, scored, credit, curves.describe(roll, scored, credit, outcome) | metrics
 
 
 # --------------------------------------------------------------------------------------------------- evaluate
@@ -434,60 +393,14 @@ def evaluate(config: Config, policy, processor, task: Task) -> tuple[dict[str, f
     return result, roll
 
 
-def describe(roll: Rollout, scored: Scored, credit: Credit, outcome: Tensor) -> dict[str, float]:
-    """The metrics of an iteration that do not come from the update."""
-    mask, marks = roll.mask, credit.ends if scored.values is None else credit.value_mask
-    row = dict(
-        reward=float(outcome.mean()),
-        entropy=float(scored.entropy[mask].mean()),
-        response_length=float(mask.sum(1).float().mean()),
-        truncated=float(roll.truncated.float().mean()),
-        unreadable=fmean(toy_env.parse(text) is None for text in roll.texts),
-        segments_per_response=float(marks.sum(1).float().mean()),
-    )
-    if roll.problems[0].cells:
-        row["faithful"] = fmean(roll.faithful())
-        found = map(toy_env.blame, roll.problems, roll.texts, roll.pieces, credit.advantages.tolist())
-        found = [blame.statements for blame in found if blame]  # wrong responses with one false statement
-        row["blame_auroc"] = fmean(found) if found else math.nan
-    if scored.ref_log_probs is not None:  # k1 estimate of KL(policy || reference), nats per token
-        row["kl_to_start"] = float((scored.log_probs - scored.ref_log_probs)[mask].mean())
-    if scored.values is not None:
-        both = sapo.explained_variance(scored.values, outcome, credit.value_mask)
-        row["explained_variance"], row["explained_variance_last"] = both
-    return row
-
-
-# ------------------------------------------------------------------------------------------------------ train
-class Run(NamedTuple):
-    """All that an iteration needs, and the checkpoint to go on from, if there is one."""
-
-    config: Config
-    task: Task
-    policy: torch.nn.Module
-    processor: transformers.ProcessorMixin
-    critic: sapo.SegmentCritic | None
-    reference: torch.nn.Module | None
-    optimizers: list[tuple]
-    state: dict | None
-
-    def kept(self) -> tuple[dict, list]:
-        """What a checkpoint keeps of models and optimizers."""
-        models = dict(policy=self.policy) | (dict(critic=self.critic) if self.critic else {})
-        return models, [optimizer for _, optimizer in self.optimizers]
-
-
-def prepare(config: Config, make_task: Callable | None = None, load_models: Callable | None = None) -> Run:
+# --------------------------------------------------------------------------------------------------- the loop
+def prepare(config: Config, make_task: Callable = toy_task, load_models: Callable = load) -> Run:
     """Models, problems, and the run's folder with run.json, which says what made it. `make_task` and
-    `load_models`, of config, are one's own if they are given. ValueError, OSError: the run cannot begin."""
-    config, state = complete(config), None
-    if config.resume:
-        state = run_folder.read_checkpoint(config.out)
-    else:
-        run_folder.check_new(config.out)
+    `load_models`, of config, may be your own. ValueError, OSError: the run cannot begin."""
+    config = complete(config)
+    state = run_folder.read_checkpoint(config.out) if config.resume else run_folder.check_new(config.out)
     torch.manual_seed(config.seed)
-    task = (make_task or (dataset_task if config.dataset else toy_task))(config)
-    models = (load_models or load)(config)
+    task, models = make_task(config), load_models(config)
     run = Run(config, task, *models, make_optimizers(config, models[0], models[2]), state)
     run_folder.begin(config.out, asdict(config), bool(state))
     return run
@@ -498,89 +411,42 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
     evaluation. -> the metrics, a dict for each iteration, the first before any update; and the responses to
     the held-out problems at T = 1, before and after. What `on_iteration(i, policy, critic, roll, scored,
     credit)`, called after an update, returns is logged too."""
-    config, task, policy, processor, critic, _, optimizers, state = run
-    out, warmup = Path(config.out), config.critic_warmup if critic else 0
-    said, start = set(), time.time() - (state["seconds"] if state else 0)
+    config, out, said, state = run.config, Path(run.config.out), set(), run.state
+    start = time.time() - (state["seconds"] if state else 0)
 
-    def save():
-        run_folder.save_checkpoint(out, *run.kept(), iteration=i, seconds=time.time() - start, before=before,
-                               after=after)
+    def keep():
+        run_folder.save_checkpoint(run, iteration=i, seconds=time.time() - start, before=before, after=after)
 
     if state:
         i, before, after = state["iteration"], state["before"], state["after"]
         history = run_folder.metrics(out, rows=i + 1)
         for _ in range(i):
-            take_prompts(config, task)
-        run_folder.restore(state, *run.kept())
+            take_prompts(config, run.task)
+        run_folder.restore(run)
     else:
-        evaluation, roll = evaluate(config, policy, processor, task)
+        evaluation, roll = evaluate(config, run.policy, run.processor, run.task)
         i, before, after = 0, roll.texts, roll.texts
         history = [run_folder.log(out, dict(iteration=0, responses=0, seconds=0.0, **evaluation))]
-        save()
+        keep()
     with tqdm(total=config.iterations, initial=i) as bar:
         while i < config.iterations and not stop():
             i += 1
-            left = 1 - max(0, i - warmup - 1) / (config.iterations - warmup)  # falls linearly towards 0
-            optimizers[0][1].param_groups[0]["lr"] = config.lr * left
-            evaluates = i % config.eval_every == 0 or i == config.iterations
-            roll, scored, credit, found = iterate(run, i, learn_policy=i > warmup)
-            if evaluates:
-                evaluation, last = evaluate(config, policy, processor, task)
-                after, found = last.texts, found | evaluation
-            if on_iteration and credit:
-                found |= on_iteration(i, policy, critic, roll, scored, credit) or {}
+            left = 1 - max(0, i - config.warmup - 1) / (config.iterations - config.warmup)
+            run.optimizers[0][1].param_groups[0]["lr"] = config.lr * left  # falls linearly towards 0
+            *made, found = run_folder.guarded(step, run, i)
+            if evaluates := i % config.eval_every == 0 or i == config.iterations:
+                evaluation, roll = evaluate(config, run.policy, run.processor, run.task)
+                after, found = roll.texts, found | evaluation
+            if on_iteration and made:
+                found |= on_iteration(i, run.policy, run.critic, *made) or {}
             passed = dict(iteration=i, responses=i * config.responses, seconds=round(time.time() - start, 2))
             history.append(run_folder.log(out, passed | found))
-            for sentence in set(run_folder.complaints(history, warmup)) - said:
-                tqdm.write(f"iteration {i}: {sentence}", file=sys.stderr)
-                said.add(sentence)
             if evaluates or stop():
-                save()
-            if all("not_finite" in row for row in history[-3:]):
-                raise Stopped(f"{found['not_finite']} was not finite three times in a row (the batches: "
-                              f"{out}/not-finite-*.pt): try a lower --lr, --critic-lr or --head-lr")
+                keep()
+            run_folder.warn(history, config.warmup, said)
             bar.update()
             bar.set_postfix(reward=f"{found.get('reward', math.nan):.2f}")
-    run_folder.end(out, iteration=i, seconds=round(time.time() - start, 2))
     return history, (before, after)
-
-
-def iterate(run: Run, i: int, learn_policy: bool) -> tuple[Rollout, Scored, Credit | None, dict[str, float]]:
-    """A rollout, its scores, its credit, an update. Where a quantity is not finite, no step is taken with it,
-    and the batch is kept."""
-    config, task, policy, processor, critic, reference, optimizers, _ = run
-    problems = take_prompts(config, task)
-    roll = rollout(policy, processor, task, problems, config.max_tokens, config.temperature,
-                   micro_batch=config.micro_batch)
-    scored, outcome = score_all(config, policy, reference, critic, roll), roll.outcome()
-    try:
-        figures = {name: x[roll.mask] for name, x in scored._asdict().items() if x is not None}
-        check_finite(reward=outcome, **figures)
-        credit = assign_credit(config, policy, processor, roll, scored, outcome)
-        found = update(config, policy, critic, optimizers, roll, scored, credit, learn_policy)
-    except NotFinite as error:
-        for _, optimizer in optimizers:
-            optimizer.zero_grad()
-        batch = dict(texts=roll.texts, ids=roll.ids, mask=roll.mask, outcome=outcome, **scored._asdict())
-        torch.save(dict(quantity=str(error), **batch), Path(config.out) / f"not-finite-{i}.pt")
-        return roll, scored, None, dict(not_finite=str(error))
-    return roll, scored, credit, describe(roll, scored, credit, outcome) | found
-
-
-def make_optimizers(config: Config, policy, critic) -> list[tuple]:
-    """(model, AdamW) of the policy, and of the critic, whose pretrained part and new head differ in rate."""
-    pairs = [(policy, torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0))]
-    if critic:
-        groups = [dict(params=critic.backbone.parameters(), lr=config.critic_lr),
-                  dict(params=critic.head.parameters(), lr=config.head_lr)]
-        pairs.append((critic, torch.optim.AdamW(groups, weight_decay=0.0)))
-    return pairs
-
-
-def take_prompts(config: Config, task: Task) -> list[Problem]:
-    """The next problems, each `group` times in a row."""
-    problems = itertools.islice(task.stream, config.responses // config.group)
-    return [problem for problem in problems for _ in range(config.group)]
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -590,25 +456,20 @@ def main(name: str = "train_small.py", kind: type = Config, begin: Callable = pr
     sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
     transformers.utils.logging.disable_progress_bar()
     try:
-        run = begin(options.parse_arguments(kind, __doc__.split("\n")[0]))
+        run = begin(options.parse_arguments(kind, sys.modules[kind.__module__].__doc__.split("\n")[0]))
     except (ValueError, OSError) as error:
         run_folder.leave(name, error, 2)
-    config, out = run.config, Path(run.config.out)
+    config = run.config
     try:
         history, texts = learn(run, stop=lambda: signals)
         if signals:
             raise Stopped(f"stopped after iteration {history[-1]['iteration']}")
         if config.save:
-            run.policy.save_pretrained(out / "model")
-            run.processor.save_pretrained(out / "model")
-            if run.critic:
-                torch.save(run.critic.state_dict(), out / "critic.pt")
+            save(run)
     except (Stopped, OSError, torch.OutOfMemoryError) as error:
         run_folder.leave(name, error, 130 if signals else 1, config.out, config.micro_batch)
-    from results.curves import show
-
     try:
-        show(run, history, texts, time.time() - start)
+        curves.show(run, history, texts, time.time() - start)
     except OSError as error:  # a closed pipe, a full disk: the run itself is whole
         run_folder.leave(name, error, 1)
 

@@ -5,33 +5,28 @@
     python -m examples.real_vlm --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k \\
         --lora 16 --dtype bfloat16 --checkpointing
 
-With --memory it prints what the run would take instead, and loads no weights. train_small.py's options hold.
-It is also how to bring what is yours: the data and the reward make a Task, `load` makes the models, and
-train_small.prepare takes both. Ran (tests/test_real_vlm.py): tiny models on a CPU. By hand: steps of models of
-these two shapes with random weights on a GPU. Never: their real weights.
+With --memory it prints an estimate of the memory that the run needs, and loads no weights. train_small.py's
+options hold. It is also how to bring your own: data and reward make a Task, `load` makes the models, and
+train_small.prepare takes both. Ran (tests/test_real_vlm.py): tiny models on a CPU. By hand: steps of models
+of these two shapes with random weights on a GPU. Never: their real weights.
 """
 
-import copy
 import logging
 import re
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Literal
 
 import numpy
 import torch
 import transformers
-from torch import nn
 from transformers.hf_argparser import HfArg
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-import sapo
 import toy_env
 import train_small
-from support import vlm_inputs
+from support import models
+from support.data import Task, dataset_task
 
 try:
     import math_verify
@@ -49,14 +44,15 @@ class RealConfig(train_small.Config):
     """train_small's options with other defaults, and those of a model that is large for its GPU."""
 
     model: str = HfArg(default="HuggingFaceTB/SmolVLM-256M-Instruct", help="folder or hub name")
-    dataset: str | None = HfArg(default="hiyouga/geometry3k", help="image(s), question or problem, answer")
+    dataset: str = HfArg(default="hiyouga/geometry3k", help="folder or name for load_dataset, with image(s), "
+                                                            "question or problem, and answer")
     max_tokens: int | None = HfArg(default=1024, help="longest response (paper: 2048)")
     eval_problems: int = HfArg(default=64, help="held-out problems per evaluation")
     dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="of passes, and of a frozen base")
     lora: int = HfArg(default=0, help="rank of adapters on a frozen base; 0: train all weights")
     checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass")
     train_vision: bool = HfArg(default=False, help="train the vision tower too")
-    memory: bool = HfArg(default=False, help="print the memory that is needed, and stop")
+    memory: bool = HfArg(default=False, help="print an estimate of the memory that is needed, and stop")
     prompt_tokens: int = HfArg(default=1024, help="of a prompt with its image, for --memory")
 
 
@@ -125,106 +121,6 @@ def reward(problem: toy_env.Problem, response: str) -> float:
     return 0.9 * right + 0.1 * (toy_env.parse(response) is not None)
 
 
-# ----------------------------------------------------------------------------------------------------- models
-class Role(nn.Module):
-    """A model as policy, critic's backbone or reference. Roles may share one model: each puts its own adapter
-    on before a pass. As the model is no submodule, `parameters()` are those that this role trains.
-
-    whole: the model that holds adapters; body: what is called, the whole or its backbone; adapter: a name,
-    "" for the base alone, None for a model without adapters.
-    """
-
-    def __init__(self, config: RealConfig, whole, body, adapter: str | None = None):
-        super().__init__()
-        self.__dict__.update(whole=whole, body=body)  # past nn.Module, which would register them
-        self.adapter, self.bfloat16 = adapter, config.dtype == "bfloat16"
-        self.config, self.device = body.config, body.device
-        self.generation_config = getattr(body, "generation_config", None)
-        self.layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self.put_on()
-        self.own = nn.ParameterList(p for p in body.parameters() if p.requires_grad)
-
-    def put_on(self) -> None:
-        if self.adapter:
-            self.whole.enable_adapters()
-            self.whole.set_adapter(self.adapter)
-        elif self.adapter == "":
-            self.whole.disable_adapters()
-
-    @contextmanager
-    def turn(self):
-        self.put_on()
-        for layer in self.layers:  # in training they recompute, and drop the cache that sampling needs; their
-            layer.training = torch.is_grad_enabled()  # submodules stay as they are: no dropout
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            yield
-
-    def forward(self, **inputs):
-        with self.turn():
-            output = self.body(**inputs)
-        if output[0].requires_grad:
-            output[0].register_hook(self.still_on)
-        return output
-
-    def still_on(self, _) -> None:
-        """An adapter that is put on freezes the others: their gradients would be missing without a word."""
-        if not all(p.requires_grad for p in self.own):
-            raise RuntimeError(f"adapter {self.adapter} is off: expected backward before another's forward")
-
-    @torch.no_grad()
-    def generate(self, **inputs) -> torch.Tensor:
-        with self.turn():
-            return self.body.generate(**inputs)
-
-    def save_pretrained(self, folder: Path) -> None:
-        self.put_on()
-        self.whole.save_pretrained(folder)
-
-
-def base_dtype(config: RealConfig) -> torch.dtype:
-    """Of weights: bfloat16 if they are frozen. A trained one would round AdamW's step of 1e-6 away."""
-    return torch.bfloat16 if config.lora and config.dtype == "bfloat16" else torch.float32
-
-
-def make_roles(config: RealConfig, model) -> tuple:
-    """Policy, critic and reference from a pretrained model; None for what the algorithm does not need."""
-    if config.checkpointing:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        model.disable_input_require_grads()  # else a frozen tower would have a backward pass
-    if config.lora:  # one frozen copy of the weights for three roles
-        from peft import LoraConfig
-
-        text = model.get_decoder()
-        prefix = next(name for name, module in model.named_modules() if module is text)
-        linear = [f"{prefix}.{name}" for name, m in text.named_modules() if isinstance(m, nn.Linear)]
-        for name in ("policy", "critic")[:1 + config.critic]:
-            adapter = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules=linear)
-            model.requires_grad_(False).add_adapter(adapter, adapter_name=name)
-        for name, weight in model.eval().named_parameters():
-            weight.data = weight.data.float() if ".lora_" in name else weight.data  # not in the base's dtype
-    tower = () if config.train_vision else model.get_encoder("image").requires_grad_(False).parameters()
-    frozen = {id(weight): weight for weight in tower}  # to deepcopy as if copied: all share the tower
-
-    def role(body, name: str) -> Role:
-        if config.lora:
-            return Role(config, model, body, name)
-        body = body if name == "policy" else copy.deepcopy(body, dict(frozen))
-        return Role(config, body, body if name else body.requires_grad_(False))
-
-    policy, critic = role(model, "policy"), None
-    if config.critic:
-        hidden_size = model.config.get_text_config().hidden_size
-        critic = sapo.SegmentCritic(role(model.model, "critic"), hidden_size).to(policy.device)
-    return policy, critic, role(model, "") if config.kl_coef > 0 else None
-
-
-def load(config: RealConfig) -> tuple:
-    """Policy, processor, critic and reference, as train_small.load."""
-    model, processor = vlm_inputs.load_policy(config.model, config.device, base_dtype(config))
-    policy, critic, reference = make_roles(config, model)
-    return policy, processor, critic, reference
-
-
 # ----------------------------------------------------------------------------------------------------- memory
 def one_layer(config: RealConfig, decoder, tokens: int) -> tuple[int, int]:
     """Bytes that a decoder of one layer, run on the CPU, keeps of a response: for the backward pass (without
@@ -248,15 +144,15 @@ def one_layer(config: RealConfig, decoder, tokens: int) -> tuple[int, int]:
     return sum(x.nbytes() for x in kept.values()), cache.keys.nbytes + cache.values.nbytes
 
 
-def bill(config: RealConfig) -> dict[str, float]:
+def estimate_memory(config: RealConfig) -> dict[str, float]:
     """Bytes on the GPU. Counted, on the model without weights: weights, gradients, AdamW. Estimated: copies,
     activations and cache, from one layer on 16, 32 and 64 tokens (a parabola); logits, as three times their
     size in a backward pass and four pieces in fp32. Not: the vision tower's activations, CUDA, fragments."""
     settings = transformers.AutoConfig.from_pretrained(config.model)
-    text, dtype = settings.get_text_config(), base_dtype(config)
+    text, dtype = settings.get_text_config(), models.base_dtype(config)
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(settings, dtype=dtype).eval()
-        policy, critic, reference = make_roles(config, model)
+        policy, critic, reference = models.make_roles(config, model)
     own, whole, other = ({id(p): p.nbytes for p in m.parameters()} if m else {}
                          for m in (critic, model, reference and reference.whole))
     step = [sum(p.nbytes for p in policy.parameters()), sum(own.values())]  # AdamW's step works on a copy
@@ -282,8 +178,8 @@ def bill(config: RealConfig) -> dict[str, float]:
     return rows | {"total, at the worst moment": sum([*rows.values()][:5]) + max(using, *step)}
 
 
-def print_bill(config: RealConfig) -> None:
-    for name, size in (rows := bill(config)).items():
+def print_memory(config: RealConfig) -> None:
+    for name, size in (rows := estimate_memory(config)).items():
         print(f"{name:28}{size / 1e9:8.2f} GB")
     there = torch.cuda.is_available()
     room = torch.cuda.mem_get_info()[0] if there else 24e9
@@ -292,15 +188,23 @@ def print_bill(config: RealConfig) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def make_task(config: RealConfig) -> train_small.Task:
+def load(config: RealConfig) -> tuple:
+    """Policy, processor, critic and reference, as train_small.load."""
+    model, processor = models.load_policy(config.model, config.device, models.base_dtype(config))
+    policy, critic, reference = models.make_roles(config, model)
+    return policy, processor, critic, reference
+
+
+def make_task(config: RealConfig) -> Task:
+    task = dataset_task(config, INSTRUCTION, reward)
     print(f"answers are judged by {'math-verify' if math_verify else 'spelling: math-verify is missing'}")
-    return train_small.dataset_task(config, INSTRUCTION, reward)
+    return task
 
 
 def begin(config: RealConfig) -> train_small.Run:
     config = complete(config)
     if config.memory:
-        print_bill(config)
+        print_memory(config)
         sys.exit()
     return train_small.prepare(config, make_task, load)
 

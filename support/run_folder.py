@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from statistics import fmean
 
 import datasets
 import torch
 import transformers
+from tqdm import tqdm
 
 FORM = 1  # of a checkpoint
 PHASES = "evaluate", "rollout", "score_all", "assign_credit", "update"  # one of them is out of memory
@@ -42,7 +43,7 @@ def first_line(error: Exception) -> str:
 
 # --------------------------------------------------------------------------------------------------- a folder
 def check_new(out: str) -> None:
-    """ValueError for a folder in which something is."""
+    """ValueError for a folder that is not empty."""
     path = Path(out)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"out is {out!r}, which is not an empty folder: expected a new one, or "
@@ -65,13 +66,6 @@ def begin(out: str, config: dict, resume: bool) -> None:
     made = dict(command=sys.argv, commit=commit, torch=torch.__version__, device=device,
                 transformers=transformers.__version__, datasets=datasets.__version__)
     _write_json(file, dict(config=config, parts=[*parts, made]))
-
-
-def end(out: Path, **facts) -> None:
-    """Add facts to this part of the run in run.json."""
-    made = json.loads((out / "run.json").read_text())
-    made["parts"][-1] |= facts
-    _write_json(out / "run.json", made)
 
 
 def settings(out: str) -> dict:
@@ -105,12 +99,13 @@ def log(out: Path, row: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def save_checkpoint(out: Path, models: dict[str, torch.nn.Module], optimizers: Sequence, **more) -> None:
+def save_checkpoint(run, **more) -> None:
     """All that what comes next depends on, in a file that is whole or not there. The one before stays.
-    more: `iteration`, and what else is to be kept."""
-    state = dict(more, form=FORM, random=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all(),
-                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
-    state |= {name: model.state_dict() for name, model in models.items()}
+    run: a train_small.Run. more: `iteration`, and what else is to be kept."""
+    out, state = Path(run.config.out), dict(more, form=FORM, policy=run.policy.state_dict())
+    state |= dict(critic=run.critic.state_dict()) if run.critic else {}
+    state |= dict(optimizers=[optimizer.state_dict() for _, optimizer in run.optimizers],
+                  random=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
     with open(out / "checkpoint.tmp", "wb") as file:
         try:
             torch.save(state, file)
@@ -137,18 +132,46 @@ def read_checkpoint(out: str) -> dict:
     raise ValueError(f"resume is {str(out)!r}: expected a folder with a checkpoint that can be read")
 
 
-def restore(state: dict, models: dict[str, torch.nn.Module], optimizers: Sequence) -> None:
-    """Models, optimizers and torch's random numbers as they were at the checkpoint."""
-    for name, model in models.items():
-        model.load_state_dict(state[name])
-    for optimizer, its in zip(optimizers, state["optimizers"]):
+def restore(run) -> None:
+    """Models, optimizers and torch's random numbers as they were at run.state, a checkpoint."""
+    state = run.state
+    run.policy.load_state_dict(state["policy"])
+    if run.critic:
+        run.critic.load_state_dict(state["critic"])
+    for (_, optimizer), its in zip(run.optimizers, state["optimizers"]):
         optimizer.load_state_dict(its)
     torch.set_rng_state(state["random"])
     if torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def guarded(step: Callable, run, i: int) -> tuple:
+    """What train_small.step returns. But where a number is not finite, no optimizer takes a step with it, OUT
+    keeps the batch that `step` had made, and only metrics are returned, which name the number."""
+    try:
+        return step(run, i)
+    except NotFinite as error:
+        for _, optimizer in run.optimizers:
+            optimizer.zero_grad()
+        frames = traceback.walk_tb(error.__traceback__)
+        made = next(frame.f_locals for frame, _ in frames if "scored" in frame.f_locals)
+        batch = {name: getattr(made["roll"], name) for name in ("texts", "ids", "mask")}
+        batch |= dict(made["scored"]._asdict(), outcome=made["outcome"], quantity=str(error))
+        torch.save(batch, Path(run.config.out) / f"not-finite-{i}.pt")
+        return (dict(not_finite=str(error)),)
+
+
 # ------------------------------------------------------------------------------------------------- complaints
+def warn(history: list[dict], warmup: int, said: set[str]) -> None:
+    """Print each of `complaints` when it is first true. Stopped: nothing was finite three times in a row."""
+    for sentence in set(complaints(history, warmup)) - said:
+        tqdm.write(f"iteration {history[-1]['iteration']}: {sentence}", file=sys.stderr)
+        said.add(sentence)
+    if all("not_finite" in row for row in history[-3:]):
+        raise Stopped(f"{history[-1]['not_finite']} was not finite three times in a row (the batches: OUT/"
+                      "not-finite-*.pt): try a lower --lr, --critic-lr or --head-lr")
+
+
 def complaints(history: list[dict], warmup: int) -> Iterator[str]:
     """What cannot learn says so."""
     rows = [row for row in history if "reward" in row]
@@ -160,6 +183,8 @@ def complaints(history: list[dict], warmup: int) -> Iterator[str]:
         yield "more than half of the responses do not have the format of the instruction"
     if len(last) == 5 and {r["reward"] for r in last} in ({0}, {1}):
         yield "all rewards were equal for five iterations: there is nothing to learn from"
+    if row.get("with_roles", 1) < 0.5 and row["unreadable"] <= 0.5:
+        yield "more than half of the responses have no roles: SRPO is GRPO there (see srpo.split_roles)"
     if row.get("first_ratio_deviation", 0) > 1e-3:
         yield "the ratio is not 1 before the first step: scoring differs from sampling"
     if len(explained) == 5 and fmean(explained) < 0:

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 import toy_env
 import train_small
-from train_small import INSTRUCTION
+from examples import real_vlm
+from support.data import INSTRUCTION
 
 # --------------------------------------------------------------------------------------------------- families
 TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -108,7 +109,7 @@ def make_tokenizer(family):
     alphabet = [f"<0x{i:02X}>" for i in range(256)] + [*string.ascii_letters, "▁"]
     if by_bytes:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["Ġ▁"[not by_bytes] + word for word in re.findall(r"\w+", train_small.INSTRUCTION)]
+    words = ["Ġ▁"[not by_bytes] + word for word in re.findall(r"\w+", INSTRUCTION)]
     merges = [*dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word)))]
     tokens = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *dict.fromkeys(map("".join, merges))])}
     core = Tokenizer(models.BPE(tokens, merges, byte_fallback=not by_bytes))
@@ -280,7 +281,7 @@ def test_trains(family, algo, coin, tmp_path):
 
 @pytest.mark.parametrize("family", ["llava"], indirect=True)
 @pytest.mark.parametrize("held_out", ["test", "validation"])
-def test_trains_on_the_columns_of_geometry3k(family, held_out, tmp_path, monkeypatch, coin):
+def test_trains_on_the_columns_of_geometry3k(family, held_out, tmp_path, monkeypatch):
     """A list of images of any size and mode, `<image>` in the problem, and a split that is held out."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     modes, drawn = ("RGB", "RGBA", "L", "P", "LA", "1", "CMYK"), many_sizes(22)
@@ -290,10 +291,12 @@ def test_trains_on_the_columns_of_geometry3k(family, held_out, tmp_path, monkeyp
             images=[[drawn[i].image.convert(modes[i % len(modes)])] for i in part],
             problem=["<image>" + drawn[i].question for i in part], answer=[drawn[i].answer for i in part]))
         table.to_parquet(tmp_path / "data" / f"{name}.parquet")
-    config = small(family, algo="grpo", dataset=str(tmp_path / "data"), out=str(tmp_path / "run"))
-    task = train_small.dataset_task(config)
+    monkeypatch.setattr(real_vlm, "reward", lambda problem, text: float(len(text) % 2))
+    options = vars(small(family, algo="grpo", out=str(tmp_path / "run")))
+    config = real_vlm.RealConfig(**options, dataset=str(tmp_path / "data"))
+    task = real_vlm.make_task(config)
     stream, evaluated = task.stream, task.held_out
     assert {next(stream).question for _ in range(16)} == {p.question for p in drawn[:16]}
     assert len(evaluated) == 4 and {p.question for p in evaluated} <= {p.question for p in drawn[16:]}
-    history, _ = train_small.learn(train_small.prepare(config))
+    history, _ = train_small.learn(real_vlm.begin(config))
     assert history[1]["first_ratio_deviation"] < 1e-4 and history[2]["kl_to_start"] != 0

@@ -1,4 +1,4 @@
-"""examples/real_vlm.py on a tiny LLaVA: one base in three roles, bfloat16, the judge of answers, the bill."""
+"""examples/real_vlm.py on a tiny LLaVA: one base in three roles, bfloat16, the judge of answers, the memory."""
 
 import copy
 import json
@@ -17,6 +17,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import sapo
 import train_small
 from examples import real_vlm
+from support import models
 
 OPTIONS = dict(iterations=2, responses=8, mini_batches=2, critic_warmup=0, max_tokens=10, micro_batch=2,
                eval_problems=4, eval_every=1, device="cpu")
@@ -183,7 +184,7 @@ def test_bfloat16_is_within_its_rounding(folder):
     config, policy, critic, *_, roll, scored, _ = made(folder)
     half = replace(config, dtype="bfloat16")
     model = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32).eval()
-    other, judge, _ = real_vlm.make_roles(half, model)
+    other, judge, _ = models.make_roles(half, model)
     judge.head = copy.deepcopy(critic.head)
     inputs = train_small.take(roll.inputs, torch.arange(8))
     log_probs, _ = train_small.score(other, inputs, roll.ids, roll.mask)
@@ -192,7 +193,7 @@ def test_bfloat16_is_within_its_rounding(folder):
     for ours, exact in ((log_probs, scored.log_probs), (values, scored.values)):
         error = (ours - exact)[roll.mask].abs() / exact[roll.mask].abs().clamp(min=1)
         assert 0 < error.mean() < 0.06 and error.max() < 0.5  # 8 bits, 1 in 256, through two wide layers
-    assert real_vlm.base_dtype(half) == torch.float32  # AdamW would lose a step of 1e-6 in a trained one
+    assert models.base_dtype(half) == torch.float32  # AdamW would lose a step of 1e-6 in a trained one
     weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
     weight.grad = torch.ones_like(weight)
     torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.0).step()
@@ -230,15 +231,15 @@ def test_answers_are_judged(monkeypatch, library):
     assert same == library  # the library compares values
 
 
-# --------------------------------------------------------------------------------------------------- the bill
+# ------------------------------------------------------------------------------------------ the memory estimate
 @pytest.mark.parametrize("changes", [
     dict(), dict(algo="grpo", kl_coef=0.0, responses=16), dict(lora=4, dtype="bfloat16"),
     dict(train_vision=True)])
-def test_the_bill_counts_what_is_there(folder, changes, capsys):
+def test_the_memory_estimate_counts_what_is_there(folder, changes, capsys):
     if changes.get("lora"):
         needs_peft()
     config = settings(folder, **changes)
-    rows = real_vlm.bill(config)
+    rows = real_vlm.estimate_memory(config)
     policy, _, critic, reference = real_vlm.load(config)
     optimizers = train_small.make_optimizers(config, policy, critic)
     for model, optimizer in optimizers:
@@ -260,7 +261,7 @@ def test_the_bill_counts_what_is_there(folder, changes, capsys):
     for layer in range(text.num_hidden_layers):
         cache.update(heads, heads, layer)
     assert rows["KV cache"] == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
-    real_vlm.print_bill(config)
+    real_vlm.print_memory(config)
     assert "fits the" in capsys.readouterr().out
 
 
@@ -276,7 +277,7 @@ SMOLVLM = FAMILIES["smolvlm"]._replace(  # SmolVLM-256M's shape
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_the_bill_is_what_a_gpu_needs(tmp_path, monkeypatch):
+def test_the_memory_estimate_is_what_a_gpu_needs(tmp_path, monkeypatch):
     """Steps of a model of true size with random weights, 1,300 + 1,024 tokens, two at a time."""
     for needed in ("torchvision", "num2words"):  # by its processor
         pytest.importorskip(needed)
@@ -290,7 +291,7 @@ def test_the_bill_is_what_a_gpu_needs(tmp_path, monkeypatch):
     run = train_small.prepare(config, lambda _: task, real_vlm.load)
     run.policy.generation_config.eos_token_id = [1]
     for i in (1, 2):  # AdamW's state is there from the second on
-        roll, _, _, found = train_small.iterate(run, i, learn_policy=True)
+        roll, _, _, found = train_small.step(run, i)
     assert found["first_ratio_deviation"] < 1e-4 and found["grad_norm"] > 0 and roll.ids.shape[1] == 1024
-    bill = real_vlm.bill(replace(config, prompt_tokens=roll.inputs["input_ids"].shape[1]))
-    assert 0.7 < torch.cuda.max_memory_allocated() / bill["total, at the worst moment"] < 1
+    rows = real_vlm.estimate_memory(replace(config, prompt_tokens=roll.inputs["input_ids"].shape[1]))
+    assert 0.7 < torch.cuda.max_memory_allocated() / rows["total, at the worst moment"] < 1

@@ -1,44 +1,15 @@
-"""What the families of vision-language models differ in: loading, inputs, the text of a token.
+"""Prompts, images and padding as a model takes them, and the text of a token.
 
-For train_small.py, where each function is one line. No family has a branch of its own: all hold for whatever
-`AutoModelForImageTextToText` loads. In order: load, encode prompts, add responses, take rows, read tokens.
+No family of models has a branch of its own: the functions hold for those in the README. In order: encode
+prompts, add responses, take rows, read tokens.
 """
 
 import torch
-import transformers
 from torch import Tensor
-
-from support.run_folder import first_line
-
-
-def load_policy(name: str, device: str, dtype: torch.dtype = torch.float32) -> tuple:
-    """Policy and processor of a folder or hub name. ValueError: no such model, or not whole."""
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(name)
-        policy, found = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, output_loading_info=True)
-        processor.tokenizer.padding_side = "left"
-    except Exception as error:  # a library's: of any kind
-        raise ValueError(f"model is {name!r}: expected an image-text-to-text model, a folder or "
-                         f"a name ({first_line(error)})") from error
-    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
-        raise ValueError(f"model is {name!r}: expected all weights, but {missing[0]} and "
-                         f"{len(missing) - 1} more are missing or of another shape")
-    policy = policy.to(device).eval()  # eval: no dropout, or the first ratio is not 1
-    torch.backends.cudnn.allow_tf32 = False  # nor is it where rounding in an image tower hangs on batch size
-    own, tokenizer = policy.generation_config.eos_token_id, processor.tokenizer
-    eos = tokenizer.eos_token_id if own is None else own  # 0 is an id like any other
-    eos = eos if isinstance(eos, list) else [eos]
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = eos[0]
-    # Nothing else of its settings: a cut-off in sampling that scoring lacks would bias the ratio.
-    ids = dict(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    policy.generation_config = transformers.GenerationConfig(**ids)
-    return policy, processor
 
 
 def banned_ids(policy) -> list[int]:
-    """Ids of image and video placeholders: who samples one cannot be scored, as its features are missing."""
+    """Ids of image and video placeholders: a sampled one cannot be scored, as it has no image features."""
     names = ("image_token_id", "image_token_index", "video_token_id")
     return sorted({i for name in names if isinstance(i := getattr(policy.config, name, None), int)})
 

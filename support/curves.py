@@ -1,14 +1,16 @@
-"""What a person sees of a run: curves and responses. `python -m results.curves RUN` draws the curves again.
-"""
+"""What a person sees of a run: metrics, curves, responses. `python -m support.curves RUN` draws RUN again."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import fmean
 
 import matplotlib
 import pandas
+import torch
 
+import sapo
 import toy_env
 from toy_env import Problem
 
@@ -16,16 +18,43 @@ PANELS = [("reward", "accuracy_greedy", "accuracy_sampled", "accuracy_paper"), (
           ("explained_variance", "explained_variance_last"), ("blame_auroc",), ("value_loss",)]
 
 
+def describe(roll, scored, credit, outcome: torch.Tensor) -> dict[str, float]:
+    """The metrics of an iteration that do not come from its update. Of a train_small.Rollout, Scored, Credit;
+    outcome (B,)."""
+    mask, marks = roll.mask, credit.ends if scored.values is None else credit.value_mask
+    row = dict(
+        reward=float(outcome.mean()),
+        entropy=float(scored.entropy[mask].mean()),
+        response_length=float(mask.sum(1).float().mean()),
+        truncated=float(roll.truncated.float().mean()),
+        unreadable=fmean(toy_env.parse(text) is None for text in roll.texts),
+        segments_per_response=float(marks.sum(1).float().mean()),
+    )
+    if credit.roles is not None:  # of SRPO: responses without any get plain GRPO
+        row["with_roles"] = float(credit.roles.any(1).float().mean())
+    if roll.problems[0].cells:
+        row["faithful"] = fmean(roll.faithful())
+        found = map(toy_env.blame, roll.problems, roll.texts, roll.pieces, credit.advantages.tolist())
+        found = [blame.statements for blame in found if blame]  # wrong responses with one false statement
+        row["blame_auroc"] = fmean(found) if found else math.nan
+    if scored.ref_log_probs is not None:  # k1 estimate of KL(policy || reference), nats per token
+        row["kl_to_start"] = float((scored.log_probs - scored.ref_log_probs)[mask].mean())
+    if scored.values is not None:
+        both = sapo.explained_variance(scored.values, outcome, credit.value_mask)
+        row["explained_variance"], row["explained_variance_last"] = both
+    return row
+
+
 def show(run, history: list[dict], texts: tuple[list[str], list[str]], seconds: float) -> None:
     """All of a train_small.Run that has ended: the report, the curves, and where things are. texts: the
     responses to the held-out problems, before and after."""
-    config, skipped = run.config, len(run.task.skipped)
-    report(run.task.held_out, history, *texts)
+    config, task = run.config, run.task
+    report(task.held_out, history, *texts)
     plot(Path(config.out))
-    if skipped:
-        print(f"\n{skipped} rows of the data set could not be read")
+    if task.skipped:
+        print(f"\n{len(task.skipped)} rows of the data set could not be read")
     print(f"\n{seconds:.0f} s on {config.device}. Metrics, curves, checkpoints: {config.out}/")
-    if config.save and run.critic and not config.dataset:
+    if config.save and run.critic and task.held_out[0].cells:
         print(f"Turn the knobs of its credit: python -m results.page {config.out}")
 
 
@@ -34,8 +63,8 @@ def plot(folder: Path) -> None:
     matplotlib.use("Agg")
     history = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     config = json.loads((folder / "run.json").read_text())["config"]
-    world = config["dataset"] or f"{config['operands']} operands"
-    title = f"{config['algo']}, seed {config['seed']}, {world}"
+    title = f"{config['algo']}, seed {config['seed']}, {config.get('dataset') or config['operands']}"
+    title += "" if config.get("dataset") else " operands"
     table = pandas.DataFrame(history).set_index("responses").interpolate(limit_area="inside")
     panels = [tuple(name for name in panel if name in table) for panel in PANELS]
     panels = [panel for panel in panels if panel]  # without a critic there are fewer
