@@ -6,8 +6,8 @@ A problem is an image, a grid of coloured cells with a number in each, and a que
     <perception> red 3, blue 7, green 5 </perception> <think> red 3 + blue 7 = 10
     10 - green 5 = 5 </think> <answer> 5 </answer>
 
-It talks, if asked: with "? many openings" behind the question, "i see red 3, so blue 7" says the same. An
-opening decides nothing, as most uncertain tokens of a language.
+A question can ask for filler words: with "? many openings" behind it, "i see red 3, so blue 7" states the
+same. An opening ("i see", "so") decides nothing, like most uncertain tokens of natural language.
 
 The answer is verifiable, as in any RL from verifiable rewards. What this world adds is the truth about each
 *statement*: a reading is compared with the image, an operand with what was read or computed before it, a
@@ -36,8 +36,8 @@ COLOURS = {
 }
 OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "×": lambda a, b: a * b}
 TAGS = ("<perception>", "</perception>", "<think>", "</think>", "<answer>", "</answer>")
-OPENINGS = "i see", "there is", "here is", "we have", "so", "now", "then", "next we get"
-OPENED = {"none": (), "few": ("think",), "many": ("perception", "think")}  # blocks that have openings
+OPENINGS = "i see", "there is", "here is", "we have", "so", "now", "then", "next we get"  # filler words
+OPENED = {"none": (), "few": ("think",), "many": ("perception", "think")}  # blocks with filler words
 LARGEST = 99  # true running results stay in 0 … 99
 FONT = ImageFont.load_default_imagefont()  # a bitmap: digits do not depend on a font library
 
@@ -83,8 +83,8 @@ def make_problem(seed: int, operands: int = 3, distractors: int = 1, operators: 
     operands: 2 to 8 cells that the question names.  distractors: cells that it does not.
     operators: any of "+", "-", "×".  low, high: the range of the numbers.  grid: slots per side.
     cell: pixels per slot.  prior: share of problems in which each colour has its usual number (red 1,
-    orange 2, …), so that the question alone tells the answer.  openings: "none"; "few", before each line of
-    reasoning; "many", before each reading too. The question asks for them; nothing else changes.
+    orange 2, …), so that the question alone tells the answer.  openings: filler words: "none"; "few", before
+    each line of reasoning; "many", before each reading too. The question asks for them; else nothing changes.
     split: "train" or "eval"; no (cells, question) pair is ever in both.
     Raises ValueError for a difficulty that cannot be drawn, or hardly ever.
     """

@@ -30,12 +30,13 @@ import srpo
 import toy_env
 import train_small
 from results import study
+from support.options import difficulty
 
 SEEDS = 5
 CHECKPOINTS = (5, 10, 20, 40)  # iterations
 PROMPTS, GROUP = 64, 8  # rollouts of a checkpoint
 PREFIXES, CONTINUATIONS = 64, 64  # of each kind of state
-WORLDS = {"": {}, "wordy-": study.TALK}  # what begins the names of a world's tables and CSV → its options
+WORLDS = {"": {}, "wordy-": study.FILLER}  # what begins the names of a world's tables and CSV → its options
 CRITICS = {"sapo": {}, "sapo, V at last": dict(value_at="last"), "ppo": {}, "vc-ppo": {}}
 KINDS = {"true reading": ("reading", True), "false reading": ("reading", False), "copied": ("operand", True),
          "computed": ("result", True), "false result": ("result", False)}  # → statement's kind, and truth
@@ -136,8 +137,8 @@ def measure(options: dict) -> dict:
         other = settings_of(name, options)
         policy, processor, critic, _ = train_small.load(other)
         others[name] = other, critic, train_small.make_optimizers(other, policy, critic)[1:]
-    difficulty = train_small.difficulty(config)
-    held_out = toy_env.make_problems(PROMPTS * len(CHECKPOINTS), seed=1 + seed, split="eval", **difficulty)
+    held_out = toy_env.make_problems(PROMPTS * len(CHECKPOINTS), seed=1 + seed, split="eval",
+                                     **difficulty(config))
     rows, points = [], {}
 
     def watch(i, policy, critic, roll, scored, credit):
@@ -191,7 +192,7 @@ def credit_by_method(config, policy, processor, roll, scored: dict, outcome) -> 
     same, group = scored["sapo"], srpo.group_advantages(outcome, GROUP)
 
     def weigh(**variant):
-        return train_small.weigh_roles(replace(config, **variant), policy, processor, roll, same, group)
+        return train_small.weigh_roles(replace(config, **variant), policy, processor, roll, same, group)[0]
 
     weights = {contrast: weigh(contrast=contrast) for contrast in ("blank", "blind")}
     group_weights = {"grpo": roll.mask.float(), "srpo": weights["blind"], "srpo, blank": weights["blank"],

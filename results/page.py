@@ -25,6 +25,7 @@ import srpo
 import toy_env
 import train_small
 from results import credit, study
+from support.options import TINY_VLM, difficulty
 
 KINDS = "right", "right by luck", "one slip, early", "one slip, late", "a misread cell"
 EACH = 2  # responses of a kind
@@ -34,7 +35,7 @@ LARGEST = 900_000  # bytes of the page
 
 def stages(config: train_small.Config, folder: Path) -> tuple:
     """The policies {iteration: policy}, before training, at the first checkpoint if any was kept, and after;
-    the processor; and the trained critic, for the responses of all: before training it says 0 everywhere."""
+    the processor; and the trained critic, for the responses of all: before training it predicts 0."""
     before, processor, critic, _ = train_small.load(config)
     critic.load_state_dict(torch.load(folder / "critic.pt", weights_only=True, map_location=config.device))
     policies = {0: before}
@@ -87,15 +88,15 @@ def kind_of(problem: toy_env.Problem, text: str, outcome: float) -> str | None:
 
 def choose(rolls: dict[int, train_small.Rollout]) -> list[tuple[str, int, int]]:
     """(kind, stage, row). EACH of a kind, the middle of training first, each of another problem, from groups
-    with both outcomes, as GRPO says nothing of others; then a problem that training taught, at all stages."""
+    with both outcomes, as GRPO's Â is 0 in others; then a problem learned in training, at all stages."""
     outcomes = {stage: roll.outcome() for stage, roll in rolls.items()}
     mixed = {stage: srpo.group_advantages(x, credit.GROUP) != 0 for stage, x in outcomes.items()}
     kinds = {stage: [kind_of(*each) for each in zip(roll.problems, roll.texts, outcomes[stage].tolist())]
              for stage, roll in rolls.items()}
     first, last = min(rolls), max(rolls)
-    taught = [i for i, (old, new) in enumerate(zip(kinds[first], kinds[last]))
-              if old in KINDS[2:] and new == "right" and mixed[first][i]][:1]
-    chosen, used = [], {i // credit.GROUP for i in taught}
+    learned = [i for i, (old, new) in enumerate(zip(kinds[first], kinds[last]))
+               if old in KINDS[2:] and new == "right" and mixed[first][i]][:1]
+    chosen, used = [], {i // credit.GROUP for i in learned}
     middle_first = sorted(rolls, key=lambda stage: (stage in (first, last), stage))
     places = [(kind, stage, i) for kind in KINDS for stage in middle_first
               for i, found in enumerate(kinds[stage]) if found == kind and mixed[stage][i]]
@@ -103,7 +104,7 @@ def choose(rolls: dict[int, train_small.Rollout]) -> list[tuple[str, int, int]]:
         if i // credit.GROUP not in used and sum(kind == other for other, *_ in chosen) < EACH:
             chosen.append((kind, stage, i))
             used.add(i // credit.GROUP)
-    return chosen + [(SAME, stage, i) for i in taught for stage in rolls]
+    return chosen + [(SAME, stage, i) for i in learned for stage in rolls]
 
 
 def response(roll: train_small.Rollout, figures: dict, i: int) -> dict:
@@ -148,10 +149,10 @@ def gather(folder: Path) -> dict:
     if saved.get("dataset") or not (folder / "critic.pt").exists():
         raise SystemExit(f"RUN is {folder}: expected one on the toy world, with a critic, made with --save")
     if Path(saved["model"]).is_absolute() and not Path(saved["model"]).exists():
-        saved["model"] = train_small.TINY_VLM  # the run was made on another machine
+        saved["model"] = TINY_VLM  # the run was made on another machine
     config = train_small.complete(train_small.Config(**saved | dict(device=None, kl_coef=0.0)))
     policies, processor, critic = stages(config, folder)
-    problems = toy_env.make_problems(credit.PROMPTS, split="eval", **train_small.difficulty(config))
+    problems = toy_env.make_problems(credit.PROMPTS, split="eval", **difficulty(config))
     torch.manual_seed(0)
     samples = {stage: sample(config, policy, processor, critic, policies[config.iterations], problems)
                for stage, policy in policies.items()}

@@ -36,11 +36,11 @@ HERE = Path(__file__).parent
 # The setting of the studies: a chain long enough, and few enough responses, that nothing saturates.
 SETTING = dict(operands=6, iterations=40, eval_every=40)
 TUNING = (100, 101)  # the seeds that decide λ and rates; seeds 0 to 4 are reported
-TALK = dict(openings="many")
+FILLER = dict(openings="many")
 OFF_POLICY = dict(responses=512, iterations=10, critic_warmup=1, mini_batches=16, epochs=2)
 POLICIES = {"on-policy": {}, "off-policy": OFF_POLICY,
             "off-policy at half the rate": OFF_POLICY | dict(lr=8e-5)}
-SEGMENT = dict(ratio="segment")  # said where Table 2's ablation is made
+SEGMENT = dict(ratio="segment")  # given where Table 2's ablation is made
 RATE = {"grpo": 1.6e-4, "gspo": 3.2e-4, "ppo": 1.6e-4, "vc-ppo": 1.6e-4, "sapo": 1.6e-4, "srpo": 1.6e-4}
 OWN_LAMBDA = {"sapo": 0.9, "ppo": 0.95, "vc-ppo": 0.99}  # the studies', in each world
 LAMBDAS = {"sapo": (0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
@@ -49,9 +49,9 @@ BEST = {"grpo": dict(lr=3.2e-4), "ppo": dict(lam=0.99), "sapo": dict(lam=0.8)}  
 RATES = dict.fromkeys(RATE, (8e-5, 1.6e-4, 3.2e-4)) | {  # tried, at the best λ
     "grpo": (8e-5, 1.6e-4, 3.2e-4, 6.4e-4), "gspo": (1.6e-4, 3.2e-4, 6.4e-4)}
 SAID = {"sapo": dict(value_at="start"), "srpo": dict(contrast="blind")}
-WORDY = "tiny_vlm/wordy"  # the model of all worlds that are compared
-UNTAUGHT, GUESSER = "runs/no-truth", "runs/guesser"
-MADE = {UNTAUGHT: "python -m tiny_vlm.make --truth 0 --out " + UNTAUGHT,
+WORDY = "tiny_vlm/wordy"  # for "none" too, where kinds of filler words are compared
+NO_TRUTH, GUESSER = "runs/no-truth", "runs/guesser"
+MADE = {NO_TRUTH: "python -m tiny_vlm.make --truth 0 --out " + NO_TRUTH,
         GUESSER: "python -m tiny_vlm.make --base tiny_vlm --steps 800 --lr 7e-4 --guess 0.6 --out " + GUESSER}
 GUESS = dict(model=GUESSER, prior=0.6, operands=4)
 UNCERTAIN = 0.1  # nats: a token with more could have been another
@@ -71,8 +71,8 @@ def setting(algo: str, **options) -> dict:
     """The options of a run. One at its default is left out, so that studies which vary others share the run.
 
     SAPO's always say where V is read, since the paper and its authors' code differ there; SRPO's, which
-    contrast. λ is never left to chance in the world that talks, and nothing is for a model of MADE:
-    train_small.py would give it the paper's values.
+    contrast. With filler words λ is always given, and for a model of MADE so is all that train_small.py
+    would set to the paper's values.
     """
     base = dict(SETTING, algo=algo, lr=RATE[algo]) | SAID.get(algo, {})
     if "openings" in options and algo in OWN_LAMBDA:
@@ -86,12 +86,10 @@ def setting(algo: str, **options) -> dict:
 
 BOUNDS = {"temperature 2": dict(weight_temperature=2.0), "clip 0.2": dict(weight_clip=0.2),
           "clip 0.8": dict(weight_clip=0.8)}  # (S4) has 1 and 0.5
-VARIANTS = {  # of SRPO; sign-aware, the blind contrast with several maps to weights
-    **{contrast: dict(contrast=contrast) for contrast in ("blind", "blank", "masked")},
-    **{f"blind, {form}": dict(weights=form) for form in ("role", "standard", "emphasis")},
+VARIANTS = {  # of SRPO; those that were removed from srpo.py are in *-removed.csv
+    **{contrast: dict(contrast=contrast) for contrast in ("blind", "blank")},
     **{f"blind, {bound}": its for bound, its in BOUNDS.items()},
     "blind, sign-aware": dict(sign_aware=True), "blank, sign-aware": dict(contrast="blank", sign_aware=True),
-    **{f"blind, {form}, sign-aware": dict(weights=form, sign_aware=True) for form in ("role", "emphasis")},
     **{f"blind, {bound}, sign-aware": dict(its, sign_aware=True) for bound, its in BOUNDS.items()}}
 
 
@@ -115,7 +113,7 @@ def horizon(**world) -> dict:
 
 
 STUDIES = {
-    "rates": Study("The learning rates tried for each method at its best λ, on seeds of their own", {
+    "rates": Study("The learning rates tried for each method at its best λ, on separate seeds", {
         f"{a}, {1e4 * lr:g}e-4": setting(a, **BEST.get(a, {}) | dict(lr=lr))
         for a, rates in RATES.items() for lr in rates}, seeds=TUNING),
     "table1": Study("SAPO Table 1: six methods on equally many responses", {
@@ -138,8 +136,8 @@ STUDIES = {
     "table3": Study("SAPO Table 3: where segments end", {
         s: setting("sapo", segments=s) for s in train_small.SEGMENTS},
         pairs=tuple(("entropy", other) for other in train_small.SEGMENTS[1:])),
-    "wordy-table3": Study("SAPO Table 3 in a world that talks", {
-        s: setting("sapo", **TALK, segments=s) for s in train_small.SEGMENTS},
+    "wordy-table3": Study("SAPO Table 3 with filler words", {
+        s: setting("sapo", **FILLER, segments=s) for s in train_small.SEGMENTS},
         pairs=tuple(("entropy", other) for other in train_small.SEGMENTS[1:])),
     "table3-last": Study("The same with V before a segment's last token, where the official code reads it", {
         s: setting("sapo", segments=s, value_at="last") for s in train_small.SEGMENTS}, seeds=range(2)),
@@ -150,8 +148,8 @@ STUDIES = {
         f"{k} %": setting("sapo", top_percent=float(k)) for k in (5, 10, 20, 30, 50, 100)},
         curves=(*AT_THE_END, "blame_auroc"), against="top_percent",
         pairs=tuple(("30 %", f"{k} %") for k in (5, 10, 20, 50, 100)) + (("50 %", "100 %"),)),
-    "wordy-figure5": Study("SAPO Fig. 5 in a world that talks", {
-        f"{k} %": setting("sapo", **TALK, top_percent=float(k)) for k in (5, 10, 30, 50, 100)},
+    "wordy-figure5": Study("SAPO Fig. 5 with filler words", {
+        f"{k} %": setting("sapo", **FILLER, top_percent=float(k)) for k in (5, 10, 30, 50, 100)},
         curves=(*AT_THE_END, "blame_auroc"), against="top_percent"),
     "figure6": Study("SAPO Fig. 6: value loss", {a: setting(a) for a in ("ppo", "vc-ppo", "sapo")},
         columns=("value_loss",), curves=("value_loss", "explained_variance", "explained_variance_last")),
@@ -160,10 +158,10 @@ STUDIES = {
         curves=("entropy", "response_length")),
     "horizon": Study("Longer chains: does the gain grow with the horizon?", seeds=range(4),
                      **horizon()),
-    "features": Study("A critic without features: a tiny_vlm that was never taught what is true", {
-        **{a: setting(a, model=UNTAUGHT) for a in ("grpo", "ppo", "vc-ppo")},
-        "sapo, lambda 0.9": setting("sapo", model=UNTAUGHT),
-        "sapo, lambda 0.99": setting("sapo", model=UNTAUGHT, lam=0.99)},
+    "features": Study("A critic without features: tiny_vlm without the truth-aware backbone", {
+        **{a: setting(a, model=NO_TRUTH) for a in ("grpo", "ppo", "vc-ppo")},
+        "sapo, lambda 0.9": setting("sapo", model=NO_TRUTH),
+        "sapo, lambda 0.99": setting("sapo", model=NO_TRUTH, lam=0.99)},
         pairs=(("sapo, lambda 0.9", "ppo"), *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")))),
     "srpo": Study("SRPO's open choices", {
         **{a: setting(a) for a in ("grpo", "srpo")}, "blank": setting("srpo", contrast="blank"),
@@ -171,7 +169,7 @@ STUDIES = {
         **{f"blank, {c} image": setting("srpo", contrast="blank", corruption=c) for c in ("noise", "blank")}},
         columns=(*ACCURACY, *GROUNDED, "responses_to_80"), curves=("reward", "entropy"),
         pairs=tuple((variant, "grpo") for variant in ("srpo", "blank", "blank, sign-aware"))),
-    "srpo-forms": Study("SRPO: contrasts, and weights of them, on seeds of their own", {
+    "srpo-forms": Study("SRPO: contrasts, and weights of them, on separate seeds", {
         "grpo": setting("grpo"), **{label: setting("srpo", **form) for label, form in VARIANTS.items()}},
         seeds=TUNING, columns=(*ACCURACY, *GROUNDED, "responses_to_80"), curves=("reward", "entropy")),
     "guessing": Study("A base model that guesses; the guess is right in 60 % of training, then never", {
@@ -181,57 +179,57 @@ STUDIES = {
         **{a: setting(a, **GUESS) for a in ("ppo", "sapo")}},
         seeds=range(10), columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy"),
         pairs=tuple((a, "grpo") for a in ("srpo", "srpo, sign-aware", "srpo, sign-aware, clip 0.2", "sapo"))),
-    "guessing-forms": Study("The same: SRPO's contrasts and weights, on seeds of their own", {
+    "guessing-forms": Study("A base model that guesses: SRPO's contrasts and weights, on separate seeds", {
         "grpo": setting("grpo", **GUESS), "grpo, 3.2e-4": setting("grpo", **GUESS, lr=3.2e-4),
         **{label: setting("srpo", **GUESS, **form) for label, form in VARIANTS.items()}},
         seeds=TUNING, columns=(*ACCURACY, *GROUNDED), curves=("reward", "entropy")),
-    "lambda": Study("The λ tried for each method with a critic, on seeds of their own", {
+    "lambda": Study("The λ tried for each method with a critic, on separate seeds", {
         f"{a}, lambda {x}": setting(a, **{} if x == own else dict(lam=x))
         for a, own in OWN_LAMBDA.items() for x in LAMBDAS[a]}, seeds=TUNING,
         curves=(*AT_THE_END, "blame_auroc"), against="lam"),
-    "wordy-lambda": Study("A world that talks: the λ tried for each method with a critic", {
-        f"{a}, lambda {x}": setting(a, **TALK, lam=x) for a in OWN_LAMBDA for x in LAMBDAS[a]},
+    "wordy-lambda": Study("With filler words: the λ tried for each method with a critic", {
+        f"{a}, lambda {x}": setting(a, **FILLER, lam=x) for a in OWN_LAMBDA for x in LAMBDAS[a]},
         seeds=TUNING, curves=(*AT_THE_END, "blame_auroc"), against="lam"),
-    "wording": Study("Three ways to talk: what is uncertain, and what of it decides, before any training", {
+    "wording": Study("No, few or many filler words: how many uncertain tokens decide nothing at first", {
         kind: setting("grpo", openings=kind, model=model, iterations=1)
         for kind, model in zip(toy_env.OPENED, (WORDY, None, None))},
         seeds=range(3), columns=(*BASE, "entropy", "response_length"), curves=("idle", "recall")),
     "openings": Study("SAPO minus PPO: when do segments pay?", {
         f"{a}, {policy}, {kind}": setting(a, **how, **more) | (SEGMENT if a == "sapo" and how else {})
         for policy, how in POLICIES.items()
-        for kind, more in (("none", {}), ("few", dict(openings="few")), ("many", TALK))
+        for kind, more in (("none", {}), ("few", dict(openings="few")), ("many", FILLER))
         for a in ("ppo", "sapo")},
         columns=(*ACCURACY, "responses_to_80"), against="idle",
         curves=("accuracy_sampled", "accuracy_greedy", "faithful_sampled"),
         pairs=tuple((f"sapo, {policy}, {kind}", f"ppo, {policy}, {kind}")
                     for policy in POLICIES for kind in toy_env.OPENED)),
-    "wordy-table1": Study("SAPO Table 1 in a world that talks", {
-        **{a: setting(a, **TALK) for a in RATE},
-        "grpo, twice the rate": setting("grpo", **TALK, **BEST["grpo"]),
-        **{f"{a}, lambda {x}": setting(a, **TALK, lam=x)
+    "wordy-table1": Study("SAPO Table 1 with filler words", {
+        **{a: setting(a, **FILLER) for a in RATE},
+        "grpo, twice the rate": setting("grpo", **FILLER, **BEST["grpo"]),
+        **{f"{a}, lambda {x}": setting(a, **FILLER, lam=x)
            for a, x in (("ppo", 0.9), ("vc-ppo", 0.95), ("sapo", 0.8), ("sapo", 0.99))}},
         columns=(*ACCURACY, "perception_sampled", "responses_to_80", *CRITIC),
         pairs=(*(("sapo", a) for a in ("ppo", "vc-ppo", "grpo", "grpo, twice the rate", "ppo, lambda 0.9")),
                *(("sapo, lambda 0.8", a) for a in ("ppo", "vc-ppo, lambda 0.95")),
                *(("sapo, lambda 0.99", a) for a in ("ppo", "vc-ppo", "grpo")), ("srpo", "grpo"))),
-    "wordy-falls": Study("What holds the two runs of wordy-figure5 that fall on seed 1", {
-        f"{k} %, {label}": setting("sapo", **TALK, top_percent=float(k), **more) for k in (5, 50)
+    "wordy-falls": Study("What saves the two runs of wordy-figure5 that collapse on seed 1", {
+        f"{k} %, {label}": setting("sapo", **FILLER, top_percent=float(k), **more) for k in (5, 50)
         for label, more in (("as it is", {}), ("half the rate", dict(lr=8e-5)),
                             ("token ratio", dict(ratio="token")),
                             ("returns with lambda 1", dict(lam_returns=1.0)))},
         seeds=(1,), columns=(*ACCURACY, "responses_to_80", *RATIO),
         curves=("reward", "kl_step", "explained_variance")),
-    "wordy-horizon": Study("Longer chains in a world that talks", **horizon(**TALK)),
-    "wordy-table2": Study("SAPO Table 2 in a world that talks: 32 updates on 512 responses", {
-        **{x: setting("sapo", **TALK, **OFF_POLICY) | dict(ratio=x) for x in ("token", "segment")},
-        **{a: setting(a, **TALK, **OFF_POLICY) for a in ("ppo", "grpo")},
-        "segment, half the rate": setting("sapo", **TALK, **OFF_POLICY, lr=8e-5) | SEGMENT,
-        "ppo, half the rate": setting("ppo", **TALK, **OFF_POLICY, lr=8e-5)},
+    "wordy-horizon": Study("Longer chains with filler words", **horizon(**FILLER)),
+    "wordy-table2": Study("SAPO Table 2 with filler words: 32 updates on 512 responses", {
+        **{x: setting("sapo", **FILLER, **OFF_POLICY) | dict(ratio=x) for x in ("token", "segment")},
+        **{a: setting(a, **FILLER, **OFF_POLICY) for a in ("ppo", "grpo")},
+        "segment, half the rate": setting("sapo", **FILLER, **OFF_POLICY, lr=8e-5) | SEGMENT,
+        "ppo, half the rate": setting("ppo", **FILLER, **OFF_POLICY, lr=8e-5)},
         columns=(*ACCURACY, "responses_to_80", *RATIO), curves=("reward", *RATIO, "entropy"),
         pairs=(("segment", "token"), ("segment", "ppo"), ("segment, half the rate", "ppo, half the rate"))),
     "off-policy": Study("SAPO minus PPO off-policy, on ten seeds", {
         f"{a}, {world}": setting(a, **OFF_POLICY, **its) | (SEGMENT if a == "sapo" else {})
-        for world, its in (("plain", {}), ("with words at half the rate", TALK | dict(lr=8e-5)))
+        for world, its in (("plain", {}), ("with words at half the rate", FILLER | dict(lr=8e-5)))
         for a in ("ppo", "sapo")}, seeds=range(10), columns=(*ACCURACY, "responses_to_80"),
         pairs=tuple((f"sapo, {x}", f"ppo, {x}") for x in ("plain", "with words at half the rate"))),
 }
@@ -523,7 +521,7 @@ def draw(name: str, panels: dict) -> None:
                 axis.plot(*zip(*middles), "_-", color=f"C{i}", markersize=14, label=f"{label}, median")
             elif points:
                 middle, low, high = zip(*(interval(points[at]) for at in sorted(points)))
-                axis.plot(sorted(points), middle, color=f"C{i}", label=label)
+                axis.plot(sorted(points), middle, "-" if len(points) > 1 else "o", color=f"C{i}", label=label)
                 axis.fill_between(sorted(points), low, high, color=f"C{i}", alpha=0.15, lw=0)
         if against == "idle":
             axis.set_yscale("symlog", linthresh=0.1)

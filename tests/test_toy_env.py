@@ -244,10 +244,6 @@ def test_statements_of_a_faultless_response():
 SAY = ["i see", "there is", "here is", "we have", "so", "now", "then", "next we get"]
 
 
-def talkative(kind):
-    return dataclasses.replace(PROBLEM, openings=kind)
-
-
 @pytest.mark.parametrize("kind", ["few", "many"])
 @pytest.mark.parametrize("row", SLIPS[1:-1].split("\n"))
 def test_an_opening_changes_no_judgement(row, kind):
@@ -262,7 +258,8 @@ def test_an_opening_changes_no_judgement(row, kind):
         gap = rf"(^|{separator})(\s*)(?=[^\s{separator}])"
         inside = lambda m: re.sub(gap, lambda x: x[0] + rng.choice(SAY) + " ", m[0])
         wordy = re.sub(f"(?<=<{block}>).+(?=</{block}>)", inside, wordy, flags=re.DOTALL)
-    plain, judged = toy_env.statements(PROBLEM, said), toy_env.statements(talkative(kind), wordy)
+    asking = dataclasses.replace(PROBLEM, openings=kind)
+    plain, judged = toy_env.statements(PROBLEM, said), toy_env.statements(asking, wordy)
     assert [(s.kind, wordy[s.start : s.end], s.true, s.consequential) for s in judged] == [
         (s.kind, said[s.start : s.end], s.true, s.consequential) for s in plain]
     assert wordy != said or kind == "few" and re.search("<think>\\s*</think>", said) or "«»" in row
@@ -281,7 +278,7 @@ def test_an_opening_changes_no_judgement(row, kind):
 def test_an_opening_is_skipped_once_and_where_it_was_asked_for(kind, old, new, false):
     response = GOOD.replace(old, new)
     assert response != GOOD
-    first = toy_env.first_error(talkative(kind), response)
+    first = toy_env.first_error(dataclasses.replace(PROBLEM, openings=kind), response)
     assert (response[first.start : first.end] if first else "") == false
 
 
@@ -294,8 +291,7 @@ def test_a_wordy_problem_is_the_plain_one_that_asks_for_openings():
         assert toy_env.faithful(wordy, response) and not toy_env.faithful(plain, response)
         bare = re.sub(rf"(^|, |> |\n)({'|'.join(SAY)}) ", r"\1", response)
         assert bare == demonstration(plain)
-        spoken = response.count(" ") - bare.count(" ")
-        assert spoken >= {"few": 3, "many": 8}[kind]
+        assert response.count(" ") - bare.count(" ") >= {"few": 3, "many": 8}[kind]
         with pytest.raises(ValueError, match="rng is None"):
             demonstration(wordy)
 

@@ -8,11 +8,12 @@ VLM brings from its own pretraining, and no more:
 - It imitates a *sloppy teacher* (teacher.py). So it reads and computes, but with the teacher's
   slips and habits: these are what reinforcement learning is to remove.
 - An auxiliary linear head learns to tell after every token whether all statements so far are true. The head
-  is thrown away; the features it made stay. A critic needs them: a model that has only imitated cannot tell a
-  true statement from a false one, and no outcome teaches it that in a few thousand responses.
+  is thrown away; its features stay: the backbone is truth-aware. A critic needs that: a model that has only
+  imitated cannot tell a true statement from a false one, and outcomes do not teach it in a few thousand
+  responses.
 
-Two more models go on from it. tiny_vlm/wordy/ learned to talk (toy_env.OPENINGS); the one that guesses, to
-name a colour's usual number without a look. It is made for a study alone:
+Two more models continue from it. tiny_vlm/wordy/ learned filler words (toy_env.OPENINGS); the one that
+guesses learned to name a colour's usual number without looking. It is made for one study only:
 
     python -m tiny_vlm.make --base tiny_vlm --steps 1500 --lr 7e-4 --openings none few many --out OUT
     python -m tiny_vlm.make --base tiny_vlm --steps 800 --lr 7e-4 --guess 0.6 --out runs/guesser
@@ -50,13 +51,13 @@ TEMPLATE = (
 
 def make_processor(wordy: bool = False) -> transformers.LlavaProcessor:
     """Word-level tokenizer (digits apart), Pillow image processor and chat template, as a LlavaProcessor.
-    wordy: with the words of openings."""
+    wordy: with the filler words."""
     colours = [c + " " for c in toy_env.COLOURS]
     signs = [s for o in toy_env.OPERATORS for s in (o + " ", f" {o} ")]
     tags = ["<perception> ", " </perception> ", "<think> ", " </think> ", "<answer> ", " </answer>"]
     words = [*map(str, range(10)), *colours, *signs, "-", "= ", " = ", "?", ", ", "\n", *tags]
-    talk = [w + " " for opening in toy_env.OPENINGS for w in opening.split()]
-    words += [*dict.fromkeys(talk), "? ", "few ", "many ", "openings"] if wordy else []
+    filler = [w + " " for opening in toy_env.OPENINGS for w in opening.split()]
+    words += [*dict.fromkeys(filler), "? ", "few ", "many ", "openings"] if wordy else []
     special = ["<pad>", "<eos>", "<unk>", "<image>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -133,7 +134,7 @@ def pretrain_vision(model, processor, steps: int, size: int = 64, lr: float = 2e
 
 def batch(processor, rng: random.Random, size: int, operands: int, openings: Sequence[str] = ("none",),
           guess: float = 0.0) -> tuple:
-    """Demonstrations of one difficulty, with each kind of openings in turn. -> the model's inputs, the
+    """Demonstrations of one difficulty, with each kind of filler words in turn. -> the model's inputs, the
     response's token ids (B, T), their mask (B, T), and for each token whether every statement that has ended
     by then is true (B, T)."""
     levels = [
@@ -232,7 +233,7 @@ was downloaded. `AutoProcessor` and `AutoModelForImageTextToText` load this fold
 
 Made by `{command}` (seed {seed}) in {minutes:.0f} minutes on {device}, with {versions}.
 It imitated demonstrations with 2 to 8 operands and 0 to 3 distractors, a quarter of them with ×, by a teacher
-with {teacher}.{talk} An auxiliary head learned to tell whether all statements so far are true (AUROC
+with {teacher}.{filler} An auxiliary head learned to tell whether all statements so far are true (AUROC
 {auroc:.3f} at the end of fresh demonstrations) and was thrown away.
 
 Held-out problems ({n} per row, + and -): accuracy, and share of responses by kind of first false statement.
@@ -249,16 +250,17 @@ def write_card(out: str, policy, processor, n: int = 512, openings: Sequence[str
     """Measure the model and write OUT/README.md."""
     torch.manual_seed(0)
     rows = []
-    for operands, talk in itertools.product(range(2, 9), openings):
+    for operands, words in itertools.product(range(2, 9), openings):
         for name, mode in (("greedy", dict(greedy=True)), ("T = 1", {})):
-            accuracy, kinds = errors(policy, processor, operands, n, talk, **mode)
+            accuracy, kinds = errors(policy, processor, operands, n, words, **mode)
             shares = " | ".join(f"{kinds[kind]:.3f}" for kind in KINDS)
-            level = operands if len(openings) == 1 else f"{operands}, openings: {talk}"
+            level = operands if len(openings) == 1 else f"{operands}, openings: {words}"
             rows.append(f"| {level} | {name} | {accuracy:.3f} | {shares} |")
     facts |= dict(name=Path(out).name, parameters=policy.num_parameters(), rows="\n".join(rows), n=n)
     facts["size"] = (Path(out) / "model.safetensors").stat().st_size / 1e6  # MB
     facts["teacher"] = ", ".join(f"{k} {v}" for k, v in (TEACHER | facts["guess"]).items())
-    facts["talk"] = f" Openings: {', '.join(openings)}, told by the question." if len(openings) > 1 else ""
+    filler = f" The question asks for filler words (openings): {', '.join(openings)}."
+    facts["filler"] = filler if len(openings) > 1 else ""
     facts["versions"] = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     (Path(out) / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
 
@@ -267,13 +269,13 @@ def main(arguments: list[str] | None = None) -> None:
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder to write")
-    parser.add_argument("--base", help="a model to go on from, without steps of seeing")
+    parser.add_argument("--base", help="a model to continue from, without vision steps")
     parser.add_argument("--openings", nargs="+", choices=[*toy_env.OPENED], default=["none"],
-                        help="how the teacher talks, each in turn")
+                        help="filler words in the demonstrations, each kind in turn")
     parser.add_argument("--guess", type=float, default=0.0, help="how often it guesses instead of looking")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of imitation")
     parser.add_argument("--steps", type=int, default=3600, help="steps of imitation, 64 demonstrations each")
-    parser.add_argument("--vision-steps", type=int, default=1000, help="steps of seeing, 64 images each")
+    parser.add_argument("--vision-steps", type=int, default=1000, help="vision steps, 64 images each")
     parser.add_argument("--truth", type=float, default=1.0, help="weight of the auxiliary head; 0: none")
     parser.add_argument("--card-problems", type=int, default=512, help="held-out problems a row of the card")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the demonstrations")

@@ -17,10 +17,10 @@ def demonstration(problem: Problem, rng: random.Random | None = None, misread: f
                   slip: float = 0.0, habit: float = 0.0, guess: float = 0.0) -> str:
     """A sloppy teacher's response; without the rates, a faultless one. What follows a slip agrees with it.
 
-    rng: needed for rates above 0, and for openings.  misread: the chance that a number's last digit is read
-    as its look-alike.  slip: the chance of a wrong result.  habit: the chance of the teacher's two habits, to
-    read a 7 as a 1 and to forget a carry or a borrow; above one half, imitation turns them into the greedy
-    choice.  guess: the chance of a third, to say a colour's usual number (of 1 to 9) without a look.
+    rng: needed for rates above 0, and for filler words.  misread: the chance that a number's last digit is
+    read as its look-alike.  slip: the chance of a wrong result.  habit: the chance of the teacher's two
+    habits, to read a 7 as a 1 and to forget a carry or a borrow; above one half, imitation turns them into
+    the greedy choice.  guess: the chance of a third, to name a colour's usual number (of 1 to 9) unseen.
     """
     if (max(misread, slip, habit, guess) > 0 or OPENED[problem.openings]) and rng is None:
         raise ValueError("rng is None: expected a random.Random where a rate is above 0, or for openings")
