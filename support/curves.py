@@ -1,6 +1,5 @@
 """What a person sees of a run: metrics, curves, responses. `python -m support.curves RUN` draws RUN again."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -10,8 +9,8 @@ import matplotlib
 import pandas
 import torch
 
-import sapo
 import toy_env
+from support.run_folder import metrics, one_line, settings
 from toy_env import Problem
 
 PANELS = [("reward", "accuracy_greedy", "accuracy_sampled", "accuracy_paper"), ("faithful",), ("entropy",),
@@ -40,9 +39,28 @@ def describe(roll, scored, credit, outcome: torch.Tensor) -> dict[str, float]:
     if scored.ref_log_probs is not None:  # k1 estimate of KL(policy || reference), nats per token
         row["kl_to_start"] = float((scored.log_probs - scored.ref_log_probs)[mask].mean())
     if scored.values is not None:
-        both = sapo.explained_variance(scored.values, outcome, credit.value_mask)
+        both = explained_variance(scored.values, outcome, credit.value_mask)
         row["explained_variance"], row["explained_variance_last"] = both
     return row
+
+
+def explained_variance(values: torch.Tensor, outcome: torch.Tensor,
+                       value_mask: torch.Tensor) -> tuple[float, float]:
+    """Share of the outcome's variance that the critic explains: 1 - Var(R - V) / Var(R).
+
+    values (B, T); outcome R (B,); value_mask, bool (B, T), of sapo.segment_gae. -> over all states whose V was
+    read, and over the last of each response, where nearly all is decided. 1 is perfect, 0 as good as a
+    constant; nan where all outcomes are the same.
+
+    >>> values, outcome = torch.tensor([[0.5, 1.0], [0.5, 0.0]]), torch.tensor([1.0, 0.0])
+    >>> explained_variance(values, outcome, torch.ones(2, 2).bool())
+    (0.5, 1.0)
+    """
+    target = outcome.float()[:, None].expand(values.shape)  # R, (B, T)
+    if target[value_mask].unique().numel() < 2:
+        return math.nan, math.nan
+    last = value_mask & (value_mask.flip(1).cumsum(1).flip(1) == 1)  # (B, T)
+    return tuple(float(1 - (target - values)[at].var() / target[at].var()) for at in (value_mask, last))
 
 
 def show(run, history: list[dict], texts: tuple[list[str], list[str]], seconds: float) -> None:
@@ -61,8 +79,7 @@ def show(run, history: list[dict], texts: tuple[list[str], list[str]], seconds: 
 def plot(folder: Path) -> None:
     """Draw FOLDER/metrics.jsonl as FOLDER/curves.png."""
     matplotlib.use("Agg")
-    history = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    config = json.loads((folder / "run.json").read_text())["config"]
+    config, (history, _) = settings(folder, name="RUN")["config"], metrics(folder)
     title = f"{config['algo']}, seed {config['seed']}, {config.get('dataset') or config['operands']}"
     title += "" if config.get("dataset") else " operands"
     table = pandas.DataFrame(history).set_index("responses").interpolate(limit_area="inside")
@@ -97,4 +114,5 @@ def marked(problem: Problem, response: str) -> str:
 
 
 if __name__ == "__main__":
-    plot(Path(sys.argv[1]))
+    with one_line("support.curves", ValueError, OSError):
+        plot(Path(*sys.argv[1:2]))

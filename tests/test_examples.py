@@ -175,7 +175,7 @@ def test_segments_refuse_what_their_loss_leaves_out(name, value, needed):
 def test_segments_refuse_a_tools_answer_between_two_turns(given):
     trainer, batch, _ = given
     hole = {"tool_mask": torch.arange(9).expand(RAGGED.shape) != 2, "ends": sapo.ends_every_token(RAGGED)}
-    with pytest.raises(ValueError, match="expected 0 after a 0"):
+    with pytest.raises(ValueError, match="expected 1s in one run"):
         trainer.compute_loss(None, batch | hole)
 
 

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 import sapo
 import srpo
@@ -84,12 +85,34 @@ def test_first_table_is_that_of_the_committed_runs():
 
 def test_options_and_metrics_exist():
     fields = {f"--{name.replace('_', '-')}" for name in train_small.Config.__dataclass_fields__}
-    assert set(re.findall(r"--[a-z][\w-]+", section("Options"))) <= fields | {"--help"}
+    assert set(re.findall(r"--[a-z][\w-]+", section("Options"))) <= fields | {"--help", "--help-all"}
     logged = set().union(*(json.loads(line) for line in open(ROOT / "results" / "sapo-0.jsonl")))
     for row in re.findall(r"^\| (`.+?) \| ", section("Metrics"), re.M):
         stem, *endings = re.findall(r"`(\w+)`", row)
         names = [stem] + [stem.rsplit("_", 1)[0] + ending for ending in endings]
         assert set(names) <= logged, names
+
+
+def test_the_worked_response_is_what_sapo_prints(capsys):
+    sapo._worked_response()
+    assert f"```\n{capsys.readouterr().out}```" in README
+
+
+def test_both_layouts_to_copy_give_the_same_ends():
+    code = re.search("```python\n(.*?)```", section("Copy it"), re.S)[1]
+    g = torch.Generator().manual_seed(0)
+    ids, logits = torch.randint(5, (3, 9), generator=g), torch.randn(3, 9, 5, generator=g)
+    given = dict(vars(sapo), ids=ids, logits=logits, critic_output=torch.randn(3, 9, generator=g), T=4,
+                 mask=(torch.arange(9) > 4) & (torch.arange(9) < torch.tensor([[9], [7], [6]])))
+    first, second = code.split("# the response alone")
+    exec(first, whole := dict(given))
+    exec(second, alone := dict(given))
+    names = "ends", "log_probs", "entropy", "values"
+    for name, x, y in ((name, whole[name], alone[name]) for name in names):
+        assert torch.equal(x[:, 4:], y) and (name != "ends" or not x[:, :4].any()), name
+    for b, t in ((0, 5), (1, 6), (2, 5)):  # a response token's log-probability is said one position before
+        assert alone["log_probs"][b, t - 5] == logits[b, t - 1].log_softmax(0)[ids[b, t]]
+    assert torch.equal(whole["mask_of_row"][:, 4:], alone["mask_of_response"])
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
