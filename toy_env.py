@@ -66,7 +66,7 @@ class Problem:
     """An image and a question with a verifiable answer. `cells` (in reading order) and `steps` are the truth
     behind it. They are empty for a problem from a data set without such labels. `openings`: see OPENED."""
 
-    image: Image.Image
+    image: Image.Image | tuple[Image.Image, ...]  # a tuple: each stands at its <image> in the question
     question: str
     answer: str
     cells: tuple[Cell, ...] = ()

@@ -5,9 +5,9 @@ the order of the calls:
 
     Config → rollout → score_all → assign_credit → update → step → evaluate → prepare → learn → main
 
-The algorithms share every function. They differ in ALGORITHMS and, side by side, in `assign_credit` and
-`policy_objective`. The maths is in sapo.py and srpo.py, the world in toy_env.py. What stands in support/
-handles models, their inputs, the command line and a run's folder. B responses, T tokens.
+The algorithms differ in ALGORITHMS and, side by side, in `assign_credit` and `policy_objective`. The maths is
+in sapo.py and srpo.py, the world in toy_env.py; support/ handles models, their inputs, the command line and a
+run's folder. B responses, T tokens.
 """
 
 import math
@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -35,7 +35,7 @@ from support import curves, options, run_folder
 from support.data import Task, take_prompts, toy_task
 from support.inputs import banned_ids, encode, full_inputs, read_tokens, take
 from support.models import load, make_optimizers, save
-from support.run_folder import Stopped, check_finite
+from support.run_folder import NotFinite, check_finite
 from toy_env import Problem
 
 LOGITS = 2**25  # as many are turned to fp32 at a time: 128 MB
@@ -55,32 +55,36 @@ SEGMENTS = "entropy", "newline", "step", "probability"
 
 
 @dataclass
-class Config(options.StudyOptions):
-    """The options that a person sets; support/options.py has all others, and what None becomes. "paper":
-    SAPO's Table 7."""
+class Config(options.RunOptions):
+    """What a step reads; None: what ALGORITHMS, else support/options.py says. "paper": SAPO's Table 7."""
 
     algo: Literal[tuple(ALGORITHMS)] = HfArg(default="sapo", help="the algorithm")
+    responses: int = HfArg(default=128, help="responses per iteration (paper: 512)")
+    max_tokens: int | None = HfArg(default=None, help="longest response (tiny_vlm: by operands)")
+    temperature: float = HfArg(default=1.0, help="sampling temperature, also applied in scoring")
     segments: Literal[SEGMENTS] = HfArg(default="entropy", help="where SAPO's segments end (Table 3)")
     top_percent: float = HfArg(default=30.0, help="percentage of tokens that end a segment (paper: 30)")
+    value_at: Literal["start", "last"] = HfArg(default="start", help="of a segment: V is read before it")
+    gamma: float = HfArg(default=1.0, help="discount per segment (paper: 1)")
     lam: float | None = HfArg(default=None, help="lambda of GAE (SAPO: 0.99, tiny_vlm: 0.9; PPO: 0.95)")
+    lam_returns: float | None = HfArg(default=None, help="lambda of the returns, if another (VC-PPO: 1)")
+    whiten: bool = HfArg(default=False, help="whiten advantages that come from a critic (official code)")
     kl_coef: float | None = HfArg(default=None, help="KL penalty (paper: reward 0.001; GRPO: loss 0.01)")
+    ratio: Literal["segment", "token"] = HfArg(default="segment", help="SAPO's importance ratio (Table 2)")
     clip_low: float | None = HfArg(default=None, help="the ratio's clip below 1 (paper: epsilon)")
     clip_high: float | None = HfArg(default=None, help="and above 1 (official script: 0.28)")
-    seed: int = HfArg(default=0, help="seed of sampling, problems and mini-batches")
-    iterations: int = HfArg(default=30, help="each samples, scores and updates (paper: 200)")
-    responses: int = HfArg(default=128, help="responses per iteration (paper: 512)")
-    lr: float | None = HfArg(default=None, help="learning rate of the policy, falls linearly to 0")
-    eval_every: int = HfArg(default=10, help="iterations between evaluations")
-    device: str | None = HfArg(default=None, help="cuda, mps or cpu (the first there is)")
-    out: str | None = HfArg(default=None, help="the run's folder, a new one (runs/ALGO-SEED)")
-    resume: str | None = HfArg(default=None, help="a run's folder: go on from its last checkpoint")
-    save: bool = HfArg(default=False, help="save the trained model in OUT/model, its critic in OUT/critic.pt")
-    model: str | None = HfArg(default=None, help="folder or hub name for from_pretrained (tiny_vlm)")
-    max_tokens: int | None = HfArg(default=None, help="longest response (tiny_vlm: by operands)")
-    operands: int = HfArg(default=4, help="numbers in a question, 2 to 8")
-    operators: str = HfArg(default="+-", help="any of +-×")
-    openings: Literal[tuple(toy_env.OPENED)] = HfArg(default="none", help="filler words in the responses")
+    contrast: Literal["blind", "blank"] = HfArg(default="blind", help="SRPO: how reasoning is scored (S2)")
+    corruption: Literal["patches", "noise", "blur", "blank"] = HfArg(default="patches", help="SRPO's images")
+    weight_temperature: float = HfArg(default=1.0, help="SRPO: divides the contrasts (S4)")
+    weight_clip: float = HfArg(default=0.5, help="SRPO: weights are clipped to 1 ± this (S4)")
+    sign_aware: bool = HfArg(default=False, help="SRPO: turn weights around where the advantage is negative")
+    epochs: int = HfArg(default=1, help="passes over the responses of an iteration (paper: 1)")
+    mini_batches: int = HfArg(default=4, help="optimizer steps per epoch (paper: 4)")
     micro_batch: int | None = HfArg(default=None, help="responses per forward pass; 0: all that there are")
+    lr: float | None = HfArg(default=None, help="learning rate of the policy, falls linearly towards 0")
+    critic_lr: float | None = HfArg(default=None, help="learning rate of the critic's pretrained part")
+    head_lr: float | None = HfArg(default=None, help="learning rate of the critic's value head")
+    critic_warmup: int = HfArg(default=5, help="first iterations, for a critic alone (ours, after VC-PPO)")
 
     @property
     def critic(self) -> bool:
@@ -109,16 +113,16 @@ class Rollout(NamedTuple):
     problems: list[Problem]  # (B,), each problem `group` times in a row
     inputs: dict[str, Tensor]  # the prompts as the model takes them, padded on the left
     ids: Tensor  # (B, T) sampled tokens
-    mask: Tensor  # (B, T), 1 up to and with the end-of-sequence token
+    mask: Tensor  # (B, T), 1 up to and including the end-of-sequence token
     truncated: Tensor  # (B,) no end-of-sequence token within max_tokens
-    pieces: list[list[str]]  # the text of each token, "" for special ones
+    pieces: list[list[str]]  # the text of each token, "" for end-of-sequence and padding
     texts: list[str]  # (B,) responses
     image_ids: Sequence[int] = ()  # ids of image placeholders: never sampled
 
     def outcome(self) -> Tensor:
         """(B,) the task's reward; 0 for a truncated response, which has not answered."""
-        reward = [self.task.reward(p, text) for p, text in zip(self.problems, self.texts)]
-        return torch.tensor(reward, device=self.mask.device) * ~self.truncated
+        rewards = self.task.rewards(self.problems, self.texts, self.truncated.tolist())
+        return torch.tensor(rewards, device=self.mask.device)
 
     def faithful(self) -> list[bool]:
         """(B,) right, and without a false statement on the way."""
@@ -153,7 +157,7 @@ def rollout(policy, processor, task: Task, problems: list[Problem], max_tokens: 
     mask = is_eos.cumsum(1) - is_eos.long() == 0  # by position, not by id: pad may be eos
     T = int(mask.sum(1).max())
     ids, mask, truncated = ids[:, :T], mask[:, :T], ~is_eos.any(1)
-    pieces, texts = read_tokens(processor.tokenizer, ids, mask)
+    pieces, texts = read_tokens(processor.tokenizer, ids, mask, {*known.eos_token_id, known.pad_token_id})
     return Rollout(task, problems, inputs, ids, mask, truncated, pieces, texts, banned)
 
 
@@ -177,7 +181,7 @@ def score(model, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, temperatu
 
 
 def value(critic: sapo.SegmentCritic, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-    """The critic's values (B, T): before each token, what it predicts of the outcome."""
+    """The critic's values (B, T): before each token, the return that it predicts."""
     return critic(ids.shape[1], **full_inputs(inputs, ids, mask), use_cache=False)
 
 
@@ -214,6 +218,50 @@ class Credit(NamedTuple):
     roles: Tensor | None = None  # SRPO: perception and reasoning tokens
 
 
+def segment_ends(config: Config, roll: Rollout, scored: Scored) -> Tensor:
+    """Where segments end: SAPO's four strategies (Table 3); for PPO and VC-PPO at each token."""
+    if config.algo in ("ppo", "vc-ppo"):
+        return sapo.ends_every_token(roll.mask)
+    if config.segments == "entropy":
+        return sapo.ends_by_entropy(scored.entropy, roll.mask, config.top_percent)
+    if config.segments == "probability":
+        return sapo.ends_by_probability(scored.log_probs, roll.mask)
+    marks = {"newline": ("\n",), "step": ("\n", ",", "</")}[config.segments]  # step: the format's separators
+    end_ids = {i for ids, pieces in zip(roll.ids.tolist(), roll.pieces)
+               for i, piece in zip(ids, pieces) if any(mark in piece for mark in marks)}
+    return sapo.ends_by_token(roll.ids, roll.mask, sorted(end_ids))
+
+
+@torch.no_grad()
+def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored,
+                advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """SRPO's weights: the policy scores its tokens again, without image or without perception; and the tokens
+    that have a role. Both (B, T)."""
+    problems, ids, mask = roll.problems, roll.ids, roll.mask
+    seed = int(torch.randint(2**31, ()))  # other patches in each iteration
+    corrupt = lambda image, i: srpo.corrupt_image(image, config.corruption, patch=PATCH, seed=seed + i)
+    images = [tuple(corrupt(x, i) for x in p.image) if isinstance(p.image, tuple) else corrupt(p.image, i)
+              for i, p in enumerate(problems)]
+    corrupted = encode(processor, roll.task.instruction, images, [p.question for p in problems], ids.device)
+    perception, reasoning = srpo.split_roles(roll.pieces, mask)
+
+    def contrast(inputs, seen):
+        other = [score(policy, take(inputs, rows, roll.image_ids), ids[rows], mask[rows], config.temperature,
+                       seen[rows])[0] for rows in parts(len(ids), config.micro_batch)]
+        return srpo.contrast(scored.log_probs, torch.cat(other), mask)  # (S2), (B, T)
+
+    on_image = contrast(corrupted, ids)
+    on_perception = -on_image
+    if config.contrast == "blank":
+        pad = policy.generation_config.pad_token_id
+        on_perception = contrast(roll.inputs, srpo.blank_perception(ids, perception, pad))
+    contrasts = torch.where(perception, on_image, on_perception)
+    sign = advantages if config.sign_aware else None
+    weights = srpo.role_weights(contrasts, perception, reasoning, config.weight_temperature,
+                                config.weight_clip, sign=sign)  # (S3), (S4)
+    return weights, perception | reasoning
+
+
 def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scored,
                   outcome: Tensor) -> Credit:
     """Each algorithm's advantages; for those with a critic also its targets. outcome (B,) -> Credit."""
@@ -236,50 +284,6 @@ def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scor
     return Credit(ends, srpo.srpo_advantages(advantages, weights), roles=roles)
 
 
-def segment_ends(config: Config, roll: Rollout, scored: Scored) -> Tensor:
-    """Where segments end: SAPO's four strategies (Table 3); for PPO and VC-PPO at each token."""
-    if config.algo in ("ppo", "vc-ppo"):
-        return sapo.ends_every_token(roll.mask)
-    if config.segments == "entropy":
-        return sapo.ends_by_entropy(scored.entropy, roll.mask, config.top_percent)
-    if config.segments == "probability":
-        return sapo.ends_by_probability(scored.log_probs, roll.mask)
-    marks = {"newline": ("\n",), "step": ("\n", ",", "</")}[config.segments]  # step: the format's separators
-    end_ids = {i for ids, pieces in zip(roll.ids.tolist(), roll.pieces)
-               for i, piece in zip(ids, pieces) if any(mark in piece for mark in marks)}
-    return sapo.ends_by_token(roll.ids, roll.mask, sorted(end_ids))
-
-
-@torch.no_grad()
-def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored,
-                advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """SRPO's weights: the policy scores its tokens again, without image or without perception; and the tokens
-    that have a role. Both (B, T)."""
-    ids, mask = roll.ids, roll.mask
-    questions = [p.question for p in roll.problems]
-    seed = int(torch.randint(2**31, ()))  # other patches in each iteration
-    images = [srpo.corrupt_image(p.image, config.corruption, patch=PATCH, seed=seed + i)
-              for i, p in enumerate(roll.problems)]
-    corrupted = encode(processor, roll.task.instruction, images, questions, ids.device)
-    perception, reasoning = srpo.split_roles(roll.pieces, mask)
-
-    def contrast(inputs, seen):
-        other = [score(policy, take(inputs, rows, roll.image_ids), ids[rows], mask[rows], config.temperature,
-                       seen[rows])[0] for rows in parts(len(ids), config.micro_batch)]
-        return srpo.contrast(scored.log_probs, torch.cat(other), mask)  # (S2), (B, T)
-
-    on_image = contrast(corrupted, ids)
-    on_perception = -on_image
-    if config.contrast == "blank":
-        pad = policy.generation_config.pad_token_id
-        on_perception = contrast(roll.inputs, srpo.blank_perception(ids, perception, pad))
-    contrasts = torch.where(perception, on_image, on_perception)
-    sign = advantages if config.sign_aware else None
-    weights = srpo.role_weights(contrasts, perception, reasoning, config.weight_temperature,
-                                config.weight_clip, sign=sign)  # (S3), (S4)
-    return weights, perception | reasoning
-
-
 # ----------------------------------------------------------------------------------------------------- update
 def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: Credit,
                      mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -294,35 +298,6 @@ def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: 
 def some(table: NamedTuple, rows: Tensor) -> NamedTuple:
     """Some rows of a Scored or a Credit."""
     return table._replace(**{name: x[rows] for name, x in table._asdict().items() if x is not None})
-
-
-def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollout, scored: Scored,
-           credit: Credit, learn_policy: bool = True) -> dict[str, float]:
-    """`epochs` passes over the rollout in mini-batches, a step of each optimizer on each. -> metrics: means;
-    max_ratio_deviation the largest; first_ratio_deviation that of the first mini-batch, which must be 0.
-    NotFinite is raised before the step that it would spoil."""
-    B, steps, total = len(roll.ids), config.epochs * config.mini_batches, defaultdict(float)
-    for _ in range(config.epochs):
-        for mini in torch.randperm(B).to(roll.ids.device).split(B // config.mini_batches):
-            for rows in mini.split(config.micro_batch or len(mini)):
-                share = len(rows) / len(mini)  # every loss is a mean over responses, so shares add up exactly
-                metrics = backward(config, policy if learn_policy else None, critic, share, roll.part(rows),
-                                   some(scored, rows), some(credit, rows))
-                if learn_policy:
-                    largest = float(metrics.pop("max_ratio_deviation"))
-                    total["max_ratio_deviation"] = max(total["max_ratio_deviation"], largest)
-                for name, x in metrics.items():
-                    total[name] += share * float(x) / steps
-            norms = [float(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)) for m, _ in optimizers]
-            check_finite(grad_norm=torch.tensor(norms))
-            for model, optimizer in optimizers:
-                if model is critic or learn_policy:
-                    optimizer.step()
-                optimizer.zero_grad()
-            if learn_policy:
-                total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
-                total["grad_norm"] += norms[0] / steps
-    return dict(total)
 
 
 def backward(config: Config, policy, critic, share: float, these: tuple, scored: Scored,
@@ -344,6 +319,35 @@ def backward(config: Config, policy, critic, share: float, these: tuple, scored:
         (share * loss).backward()
         metrics["value_loss"] = loss.detach()
     return metrics
+
+
+def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollout, scored: Scored,
+           credit: Credit, learn_policy: bool = True) -> dict[str, float]:
+    """`epochs` passes over the rollout in mini-batches, a step of each (model, optimizer) on each. -> metrics,
+    means; max_ratio_deviation the largest; first_ratio_deviation that of the first mini-batch, 0 up to
+    rounding. NotFinite is raised before the step that it would spoil."""
+    B, steps, total = len(roll.ids), config.epochs * config.mini_batches, defaultdict(float)
+    for _ in range(config.epochs):
+        for mini in torch.randperm(B).to(roll.ids.device).split(B // config.mini_batches):
+            for rows in mini.split(config.micro_batch or len(mini)):
+                share = len(rows) / len(mini)  # losses are means over responses, none is empty: shares add up
+                metrics = backward(config, policy if learn_policy else None, critic, share, roll.part(rows),
+                                   some(scored, rows), some(credit, rows))
+                if learn_policy:
+                    largest = float(metrics.pop("max_ratio_deviation"))
+                    total["max_ratio_deviation"] = max(total["max_ratio_deviation"], largest)
+                for name, x in metrics.items():
+                    total[name] += share * float(x) / steps
+            norms = [float(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)) for m, _ in optimizers]
+            check_finite(grad_norm=torch.tensor(norms))
+            for model, optimizer in optimizers:
+                if model is critic or learn_policy:
+                    optimizer.step()
+                optimizer.zero_grad()
+            if learn_policy:
+                total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
+                total["grad_norm"] += norms[0] / steps
+    return dict(total)
 
 
 # ------------------------------------------------------------------------------------------------------- step
@@ -379,14 +383,14 @@ def evaluate(config: Config, policy, processor, task: Task) -> tuple[dict[str, f
     """Accuracy on held-out problems: greedy, sampled at T = 1, and sampled as in the paper; at T = 1 also
     faithfulness, perception and the rollout. With its own random stream, it changes nothing in training."""
     modes = {"greedy": dict(greedy=True), "paper": dict(temperature=0.6, top_p=0.95), "sampled": {}}
-    result = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for name, mode in modes.items():
-            roll = rollout(policy, processor, task, task.held_out, config.max_tokens, **mode,
-                           micro_batch=config.micro_batch)
-            right = roll.outcome() > 0.5  # less may be had for the format
-            result[f"accuracy_{name}"] = float(right.float().mean())
+    result, outside = {}, run_folder.random_numbers()
+    torch.manual_seed(0)
+    for name, mode in modes.items():
+        roll = rollout(policy, processor, task, task.held_out, config.max_tokens, **mode,
+                       micro_batch=config.micro_batch)
+        right = roll.outcome() > 0.5  # less may be had for the format
+        result[f"accuracy_{name}"] = float(right.float().mean())
+    run_folder.random_numbers(outside)
     if task.held_out[0].cells:
         result["faithful_sampled"] = fmean(roll.faithful())
         result["perception_sampled"] = fmean(map(toy_env.perception, task.held_out, roll.texts))
@@ -399,10 +403,17 @@ def prepare(config: Config, make_task: Callable = toy_task, load_models: Callabl
     `load_models`, of config, may be your own. ValueError, OSError: the run cannot begin."""
     config = complete(config)
     state = run_folder.read_checkpoint(config.out) if config.resume else run_folder.check_new(config.out)
+    if state:
+        run_folder.expect(state["algo"] == config.algo, "algo of the checkpoint", state["algo"],
+                          f"{config.algo}, as in run.json; --resume {state['out']} goes on with that one")
+        least = state["iteration"] + ("accuracy_greedy" not in state["history"][-1])  # the last evaluates
+        run_folder.expect(config.iterations >= least, "iterations", config.iterations, f"{least} or more")
     torch.manual_seed(config.seed)
     task, models = make_task(config), load_models(config)
     run = Run(config, task, *models, make_optimizers(config, models[0], models[2]), state)
-    run_folder.begin(config.out, asdict(config), bool(state))
+    for _ in range(state["iteration"] if state else 0):
+        take_prompts(config, task)
+    run_folder.begin(run)
     return run
 
 
@@ -410,7 +421,8 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
     """The loop, until the last iteration or `stop()`. Writes OUT/metrics.jsonl, and a checkpoint at each
     evaluation. -> the metrics, a dict for each iteration, the first before any update; and the responses to
     the held-out problems at T = 1, before and after. What `on_iteration(i, policy, critic, roll, scored,
-    credit)`, called after an update, returns is logged too."""
+    credit)`, called after an update, returns is logged too. KeyboardInterrupt: at the end of the iteration in
+    which a SIGINT or SIGTERM came, which is saved; at once at the second."""
     config, out, said, state = run.config, Path(run.config.out), set(), run.state
     start = time.time() - (state["seconds"] if state else 0)
 
@@ -418,18 +430,14 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
         run_folder.save_checkpoint(run, iteration=i, seconds=time.time() - start, before=before, after=after)
 
     if state:
-        i, before, after = state["iteration"], state["before"], state["after"]
-        history = run_folder.metrics(out, rows=i + 1)
-        for _ in range(i):
-            take_prompts(config, run.task)
-        run_folder.restore(run)
+        i, before, after, history = (state[name] for name in ("iteration", "before", "after", "history"))
     else:
         evaluation, roll = evaluate(config, run.policy, run.processor, run.task)
         i, before, after = 0, roll.texts, roll.texts
         history = [run_folder.log(out, dict(iteration=0, responses=0, seconds=0.0, **evaluation))]
         keep()
-    with tqdm(total=config.iterations, initial=i) as bar:
-        while i < config.iterations and not stop():
+    with run_folder.signals(noted := []), tqdm(total=config.iterations, initial=i) as bar:
+        while i < config.iterations and not (noted or stop()):
             i += 1
             left = 1 - max(0, i - config.warmup - 1) / (config.iterations - config.warmup)
             run.optimizers[0][1].param_groups[0]["lr"] = config.lr * left  # falls linearly towards 0
@@ -441,37 +449,31 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
                 found |= on_iteration(i, run.policy, run.critic, *made) or {}
             passed = dict(iteration=i, responses=i * config.responses, seconds=round(time.time() - start, 2))
             history.append(run_folder.log(out, passed | found))
-            if evaluates or stop():
+            if evaluates or noted or stop():
                 keep()
-            run_folder.warn(history, config.warmup, said)
+            run_folder.warn(history, config, said)
             bar.update()
             bar.set_postfix(reward=f"{found.get('reward', math.nan):.2f}")
+    run_folder.LOCKS.pop(config.out, None)  # another process may go on
+    if noted:
+        raise KeyboardInterrupt(f"stopped after iteration {i}")
     return history, (before, after)
 
 
 # ------------------------------------------------------------------------------------------------------- main
 def main(name: str = "train_small.py", kind: type = Config, begin: Callable = prepare) -> None:
     """The command. `begin` makes a Run of a config of this kind."""
-    signals, start = run_folder.note_signals(), time.time()
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know ASCII alone
+    start, description = time.time(), sys.modules[kind.__module__].__doc__.split("\n")[0]
     transformers.utils.logging.disable_progress_bar()
-    try:
-        run = begin(options.parse_arguments(kind, sys.modules[kind.__module__].__doc__.split("\n")[0]))
-    except (ValueError, OSError) as error:
-        run_folder.leave(name, error, 2)
-    config = run.config
-    try:
-        history, texts = learn(run, stop=lambda: signals)
-        if signals:
-            raise Stopped(f"stopped after iteration {history[-1]['iteration']}")
-        if config.save:
+    with run_folder.one_line(name, ValueError, OSError):
+        run = begin(options.parse_arguments(kind, description))
+    again = dict(go_on=run.config.out, micro_batch=run.config.micro_batch)
+    with run_folder.one_line(name, NotFinite, OSError, status=1, **again):
+        history, texts = learn(run)
+        if run.config.save:
             save(run)
-    except (Stopped, OSError, torch.OutOfMemoryError) as error:
-        run_folder.leave(name, error, 130 if signals else 1, config.out, config.micro_batch)
-    try:
+    with run_folder.one_line(name, OSError, status=1):  # a closed pipe, a full disk: the run itself is whole
         curves.show(run, history, texts, time.time() - start)
-    except OSError as error:  # a closed pipe, a full disk: the run itself is whole
-        run_folder.leave(name, error, 1)
 
 
 if __name__ == "__main__":

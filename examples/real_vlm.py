@@ -11,11 +11,12 @@ train_small.prepare takes both. Ran (tests/test_real_vlm.py): tiny models on a C
 of these two shapes with random weights on a GPU. Never: their real weights.
 """
 
-import logging
+import re
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 import numpy
@@ -23,15 +24,14 @@ import torch
 import transformers
 from transformers.hf_argparser import HfArg
 
+import srpo
 import toy_env
 import train_small
+from examples import judge
 from support import models
 from support.data import Task, dataset_task
-
-try:
-    import math_verify
-except ImportError:
-    math_verify = None
+from support.inputs import encode, write_prompt
+from support.run_folder import first_line
 
 INSTRUCTION = (
     "Describe what the image shows that the question needs inside <perception></perception>, reason step by "
@@ -66,58 +66,10 @@ def complete(config: RealConfig) -> RealConfig:
     return train_small.complete(replace(config, **rates) if config.lora else config)
 
 
-# ----------------------------------------------------------------------------------------------------- reward
-LONGEST = 200  # characters of an answer; a longer one is wrong, and not worth a judge's time
-
-
-def stated_answer(response: str) -> str | None:
-    r"""The text of the last answer block, or of the last \boxed{…} in it or, without a block, anywhere.
-
-    >>> stated_answer(r"7? <answer> \boxed{\frac{1}{2}} </answer>"), stated_answer("7")
-    ('\\frac{1}{2}', None)
-    """
-    end = response.rfind("</answer>")
-    start = response.rfind("<answer>", 0, max(end, 0))
-    text = response if start < 0 else response[start + len("<answer>"):end].strip()
-    before, box, after = text.rpartition(r"\boxed{")
-    depth = 1
-    for i, letter in enumerate(after[:LONGEST + 1] if box else ""):
-        depth += (letter == "{") - (letter == "}")
-        if not depth:
-            return after[:i].strip()
-    return None if start < 0 else text
-
-
-def normalise(answer: str) -> str:
-    r"""One spelling of answers that differ in layout alone.
-
-    >>> normalise(r"$2 \sqrt { 221 }$."), normalise("48.0"), normalise("b")
-    ('2\\sqrt{221}', '48', 'B')
-    """
-    layout = r"\\(?:left|right)(?![a-z])|\\[,;:! ]|\^\{?(?:\\circ|°)\}?|°|\$"
-    answer = re.sub(layout, "", re.sub(r"\s", "", answer)).replace(r"\dfrac", r"\frac").rstrip(".")
-    if re.fullmatch(r"[+-]?[0-9]*\.?[0-9]+", answer):
-        return str(Fraction(answer))
-    return answer.upper() if len(answer) == 1 else answer
-
-
-def same(answer: str, found: str) -> bool:
-    """Whether what was found is the answer. math-verify, where it is installed, compares values: 0.5 is 1/2.
-    It is lenient: "a" is "A", "12 cm", "x = 12" and "13 = 12" are "12", "50%" is "50"."""
-    if len(found) > LONGEST:
-        return False
-    answer, found = (re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", x) for x in (answer, found))
-    if math_verify is None or normalise(answer) == normalise(found):
-        return normalise(answer) == normalise(found)
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # or it reports all it cannot read
-    truth, claim = (math_verify.parse(f"${x.strip('$ ')}$", parsing_timeout=1) for x in (answer, found))
-    return math_verify.verify(truth, claim, timeout_seconds=1)  # seconds: 9^{9^{9}} is an answer too
-
-
 def reward(problem: toy_env.Problem, response: str) -> float:
     """0.9 for the right answer; 0.1 for the format, or nothing would teach the tags to who never saw them."""
-    found = stated_answer(response)
-    right = found is not None and same(problem.answer, found)
+    found = judge.stated_answer(response)
+    right = found is not None and judge.same(problem.answer, found)
     return 0.9 * right + 0.1 * (toy_env.parse(response) is not None)
 
 
@@ -195,9 +147,23 @@ def load(config: RealConfig) -> tuple:
     return policy, processor, critic, reference
 
 
+def make_check(config: RealConfig) -> Callable:
+    """-> what raises for a problem that the model's processor refuses, such as a picture of 2000 × 4."""
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(config.model)
+    except Exception as error:  # a library's: of any kind
+        raise ValueError(f"model is {config.model!r}: expected one with a processor "
+                         f"({first_line(error)})") from error
+    end = write_prompt(processor, "", None, "?").rpartition("?")[2]
+    if tag := [tag for tag in re.findall("|".join(srpo.TAGS), end)[-1:] if "/" not in tag]:
+        print(f"the chat template opens {tag[0]}: no response has the format of the instruction, nor roles "
+              "for SRPO, unless the template leaves that tag to the response")
+    return lambda p: encode(processor, INSTRUCTION, [p.image], [p.question], "cpu")
+
+
 def make_task(config: RealConfig) -> Task:
-    task = dataset_task(config, INSTRUCTION, reward)
-    print(f"answers are judged by {'math-verify' if math_verify else 'spelling: math-verify is missing'}")
+    task = dataset_task(config, INSTRUCTION, reward, partial(make_check, config))
+    print(f"answers are judged by {'math-verify' if judge.math_verify else 'value and spelling alone'}")
     return task
 
 

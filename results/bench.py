@@ -22,6 +22,7 @@ import sapo
 import toy_env
 import train_small
 from support.options import difficulty, parse_arguments
+from support.run_folder import one_line
 
 
 # ----------------------------------------------------------------------------------------------------- phases
@@ -167,12 +168,13 @@ def compare(iterations: int = 6, rounds: int = 3) -> None:
 def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if sys.argv[1:] == ["--trl"]:
-        compare()
-    elif sys.argv[1:] == ["--maths"]:
-        maths()
-    else:
-        bench(parse_arguments(train_small.Config, __doc__.split("\n")[0]))
+    with one_line("results.bench", ValueError, OSError):
+        if sys.argv[1:] == ["--trl"]:
+            compare()
+        elif sys.argv[1:] == ["--maths"]:
+            maths()
+        else:
+            bench(parse_arguments(train_small.Config, __doc__.split("\n")[0]))
 
 
 if __name__ == "__main__":

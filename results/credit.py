@@ -13,9 +13,7 @@ CHECKPOINTS, on fresh rollouts of the same policy, each method assigns credit, a
 4. roles: SRPO's weights, by kind of statement
 """
 
-import argparse
 import itertools
-import json
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +28,7 @@ import srpo
 import toy_env
 import train_small
 from results import study
+from support import run_folder
 from support.options import difficulty
 
 SEEDS = 5
@@ -237,7 +236,7 @@ def show(folder: str) -> None:
     """One real response with one slip, its tokens coloured by the advantages that each method gives them, as
     in SAPO's Fig. 1. All methods see the same response, group and critic."""
     folder = Path(folder)
-    saved = json.loads((folder / "run.json").read_text())["config"]
+    saved = run_folder.settings(folder, train_small.Config, "RUN")["config"]
     saved |= dict(algo="sapo", model=str(folder / "model"), device=None)
     config = train_small.complete(train_small.Config(**saved))
     policy, processor, critic, _ = train_small.load(config)
@@ -290,15 +289,18 @@ def draw_slip(pieces: list, slip: list, rows: dict, ends: list) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = study.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--workers", type=int, default=1, help="seeds side by side, one core each")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("show").add_argument("run", help="a folder written by train_small.py --save")
-    options = parser.parse_args()
-    if options.command == "show":
-        show(options.run)
-    else:
+    with run_folder.one_line("results.credit", ValueError, OSError):
+        options = parser.parse_args()
+        run_folder.expect(options.workers >= 0, "workers", options.workers, "0 or more")
+        run_folder.expect(options.seeds >= 1, "seeds", options.seeds, "1 or more")
+        if options.command == "show":
+            show(options.run)
+    if options.command is None:
         for world in WORLDS:
             print(credit(world, options.workers, options.seeds), end="\n\n")
 

@@ -8,7 +8,6 @@ outcomes. Its script, in page.html, works out the credit: sapo.py's and srpo.py'
 JavaScript; tests/test_page.py holds them to the originals, in a browser.
 """
 
-import argparse
 import base64
 import copy
 import hashlib
@@ -25,7 +24,8 @@ import srpo
 import toy_env
 import train_small
 from results import credit, study
-from support.options import TINY_VLM, difficulty
+from support import run_folder
+from support.options import difficulty
 
 KINDS = "right", "right by luck", "one slip, early", "one slip, late", "a misread cell"
 EACH = 2  # responses of a kind
@@ -39,8 +39,8 @@ def stages(config: train_small.Config, folder: Path) -> tuple:
     before, processor, critic, _ = train_small.load(config)
     critic.load_state_dict(torch.load(folder / "critic.pt", weights_only=True, map_location=config.device))
     policies = {0: before}
-    for path in sorted(folder.glob("checkpoint-*.pt"))[:1]:
-        if (iteration := int(path.stem.split("-")[1])) < config.iterations:
+    for iteration, path in run_folder.checkpoints(folder)[:1]:
+        if iteration < config.iterations:
             kept = torch.load(path, weights_only=True, map_location=config.device)
             policies[iteration] = copy.deepcopy(before)
             policies[iteration].load_state_dict(kept["policy"])
@@ -145,11 +145,11 @@ def render(data: dict) -> str:
 
 def gather(folder: Path) -> dict:
     """The page's data, from a run's folder."""
-    saved = json.loads((folder / "run.json").read_text())["config"]
+    saved = run_folder.settings(folder, train_small.Config, "RUN")["config"]
     if saved.get("dataset") or not (folder / "critic.pt").exists():
         raise SystemExit(f"RUN is {folder}: expected one on the toy world, with a critic, made with --save")
     if Path(saved["model"]).is_absolute() and not Path(saved["model"]).exists():
-        saved["model"] = TINY_VLM  # the run was made on another machine
+        saved["model"] = None  # the run was made on another machine: the shipped one
     config = train_small.complete(train_small.Config(**saved | dict(device=None, kl_coef=0.0)))
     policies, processor, critic = stages(config, folder)
     problems = toy_env.make_problems(credit.PROMPTS, split="eval", **difficulty(config))
@@ -169,12 +169,14 @@ def gather(folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = study.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="a folder written by train_small.py --save")
-    folder = parser.parse_args().run
-    data = gather(folder)
-    (folder / "credit.html").write_text(render(data), encoding="utf-8")
-    print(f"{len(data['responses'])} responses: {folder / 'credit.html'}")
+    with run_folder.one_line("results.page", ValueError, OSError):
+        folder = parser.parse_args().run
+        run_folder.expect((folder / "critic.pt").exists(), "RUN", str(folder), "a run with a critic, and --save")
+        data = gather(folder)
+        (folder / "credit.html").write_text(render(data), encoding="utf-8")
+        print(f"{len(data['responses'])} responses: {folder / 'credit.html'}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 import sapo
 import toy_env
 import train_small
+from support.run_folder import expect, one_line
 
 HERE = Path(__file__).parent
 
@@ -257,14 +258,14 @@ def kept(jobs: Sequence[dict], make: Callable, workers: int = 1, kind: str = "")
     if missing and workers:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             pool.starmap(keep, missing, chunksize=1)
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def keep(make: Callable, options: dict, path: Path) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     result = make(options)
-    path.write_text(json.dumps(dict(options=dict(sorted(options.items())), **result)))
+    path.write_text(json.dumps(dict(options=dict(sorted(options.items())), **result)), encoding="utf-8")
 
 
 def train_once(options: dict) -> dict:
@@ -470,7 +471,7 @@ def as_csv(rows: list[dict]) -> str:
 
 def publish(name: str, rows: list[dict], tables: dict[str, str]) -> None:
     """Write a CSV, and put tables into their places in README.md."""
-    (HERE / f"{name}.csv").write_text(as_csv(rows), newline="")
+    (HERE / f"{name}.csv").write_text(as_csv(rows), encoding="utf-8", newline="")
     readme = HERE / "README.md"
     readme.write_text(with_tables(readme.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
@@ -535,12 +536,22 @@ def draw(name: str, panels: dict) -> None:
     figure.savefig(HERE / f"{name}.png", dpi=100)
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage and exit."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=[*STUDIES, "all"])
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, one core each; 0: none")
     parser.add_argument("--seeds", type=int, default=0, help="the first few alone")
-    options = parser.parse_args()
+    with one_line("results.study", ValueError):
+        options = parser.parse_args()
+        expect(options.workers >= 0 and options.seeds >= 0, "workers, seeds",
+               (options.workers, options.seeds), "0 or more")
     for name in STUDIES if options.name == "all" else [options.name]:
         print(study(name, options.workers, options.seeds), end="\n\n")
 

@@ -5,16 +5,19 @@ A problem of a data set needs an image, a question and an answer; what else the 
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import datasets
+from PIL import Image
 from tqdm import tqdm
 
 import toy_env
+from support.inputs import MARK
 from support.options import difficulty
-from support.run_folder import first_line
+from support.run_folder import expect, first_line
 from toy_env import Problem
 
 INSTRUCTION = (  # for models that do not know the format; tiny_vlm's chat template leaves it out
@@ -22,6 +25,7 @@ INSTRUCTION = (  # for models that do not know the format; tiny_vlm's chat templ
     "right, one line per operation, inside <think></think>, and give the final number inside "
     "<answer></answer>.")
 COLUMNS = ("image", "images"), ("question", "problem"), ("answer",)
+HELD_OUT = "validation", "val", "dev", "testmini", "test"  # the first that there is, or any other split
 
 
 class Task(NamedTuple):
@@ -32,6 +36,14 @@ class Task(NamedTuple):
     instruction: str
     reward: Callable[[Problem, str], float]  # of a problem and a response's text, from 0 to 1
     skipped: Collection = ()  # rows of a data set that could not be read
+
+    def rewards(self, problems: list[Problem], texts: list[str], truncated: list[bool]) -> list[float]:
+        """Of responses, as floats: 0 for a truncated one; nan for what is no finite number, and named."""
+        found = [0 if cut else self.reward(*pair) for *pair, cut in zip(problems, texts, truncated)]
+        wrong = [i for i, x in enumerate(found) if not isinstance(x, SupportsFloat) or not math.isfinite(x)]
+        for i in wrong[:1]:
+            tqdm.write(f"reward is {found[i]!r:.50} of {texts[i]!r:.200}: expected a number", file=sys.stderr)
+        return [math.nan if i in wrong else float(x) for i, x in enumerate(found)]
 
 
 def take_prompts(config, task: Task) -> list[Problem]:
@@ -48,66 +60,83 @@ def toy_task(config) -> Task:
     return Task(stream, held_out, INSTRUCTION, toy_env.reward)
 
 
-def dataset_task(config, instruction: str, reward: Callable[[Problem, str], float]) -> Task:
+def dataset_task(config, instruction: str, reward: Callable[[Problem, str], float],
+                 make_check: Callable = lambda: id) -> Task:
     """A data set with image(s), question or problem, and answer. ValueError: none to train on.
 
-    The test or validation split is held out or, where there is none, a share of the training split. A broken
-    row is named once, and skipped.
+    Another split than train is held out or, where there is none, a share of it. A row that cannot be read, or
+    for which what `make_check` returns raises, is named once, and skipped.
     """
     name, prompts, held_out = config.dataset, config.responses // config.group, config.eval_problems
     try:
         splits = datasets.load_dataset(name)
-        columns = splits["train"].column_names
+        rows = splits["train"]
     except Exception as error:  # a library's: of any kind
         raise ValueError(f"dataset is {name!r}: expected a folder or name that load_dataset knows, with a "
                          f"split train ({first_line(error)})") from error
-    for names in COLUMNS:
-        if not {*names} & {*columns}:
-            raise ValueError(f"dataset is {name!r}, with columns {columns}: "
-                             f"expected a column {' or '.join(map(repr, names))}")
-    if any(answer is None for split in splits.values() for answer in split["answer"]):
-        raise ValueError(f"dataset is {name!r}, with an answer that is None: expected none")
-    n = len(splits["train"])
-    if n < prompts + held_out * (len(splits) == 1):
-        raise ValueError(f"dataset is {name!r}, with {n} rows: expected at least {prompts}, for an "
+    other = next((split for split in (*HELD_OUT, *splits) if split in splits and split != "train"), None)
+    kept = splits.get(other, rows)
+    for part, names in itertools.product((rows, kept), COLUMNS):
+        expect({*names} & {*part.column_names}, "dataset", name,
+               f"a column {' or '.join(map(repr, names))} among {part.column_names}")
+    expect(None not in [*rows["answer"], *kept["answer"]], "dataset", name, "not an answer that is None")
+    if len(rows) < prompts + held_out * (not other):
+        raise ValueError(f"dataset is {name!r}, with {len(rows)} rows: expected at least {prompts}, for an "
                          f"iteration, and {held_out} to hold out if there is no other split")
-    if len(splits) == 1:
-        splits = splits["train"].train_test_split(test_size=held_out, seed=0)
-    kept = splits.get("test", splits.get("validation")).shuffle(seed=0)
-    kept = list(readable(kept.select(range(min(held_out, len(kept)))), set()))
-    if not kept:
-        raise ValueError(f"dataset is {name!r}: expected a row to hold out that can be read")
-    rows, skipped = splits["train"].shuffle(seed=config.seed), set()
+    if not other:
+        rows, kept = rows.train_test_split(test_size=held_out, seed=0).values()
+    kept = kept.shuffle(seed=0).select(range(min(held_out, len(kept))))  # the same for every seed
+    print(f"held out, to evaluate on: {len(kept)} rows of split {other or 'train'}")
+    check = make_check()
+    problems = [*readable(kept, set(), check, "held-out row")]
+    expect(problems, "dataset", name, "a row to hold out that can be read")
+    rows, skipped = rows.shuffle(seed=config.seed), set()
 
     def stream():
+        yield from readable(rows, skipped, check)  # the first pass tries them
         while len(skipped) < len(rows):
             yield from readable(rows, skipped)
-        raise ValueError(f"dataset is {name!r}: expected a row that can be read")
+        expect(False, "dataset", name, "a row that can be read")
 
-    return Task(stream(), kept, instruction, reward, skipped)
+    return Task(stream(), problems, instruction, reward, skipped)
 
 
-def readable(rows: datasets.Dataset, skipped: set[int]) -> Iterator[Problem]:
-    """The problems of those rows that are not broken."""
+def readable(rows, skipped: set[int], check: Callable = id, kind: str = "row") -> Iterator[Problem]:
+    """The problems of those rows that are not broken, for `check` either."""
+    names = getattr(rows.features["answer"], "int2str", lambda answer: answer)  # of a ClassLabel
     for i in range(len(rows)):
         if i in skipped:
             continue
         try:
-            problem = from_row(rows[i])
+            row = rows[i]
+            problem = from_row(row | dict(answer=names(row["answer"])))
+            check(problem)
         except Exception as error:  # of any kind: an image is decoded only here
             skipped.add(i)
             at = i if rows._indices is None else rows._indices.column(0)[i].as_py()
-            tqdm.write(f"row {at} of the data set is skipped: {first_line(error)}", file=sys.stderr)
+            tqdm.write(f"{kind} {at} of the data set is skipped: {first_line(error)}", file=sys.stderr)
         else:
             yield problem
 
 
 def from_row(row: dict) -> Problem:
-    image = row["image"] if "image" in row else row["images"][0]
-    question, answer = row["question"] if "question" in row else row["problem"], row["answer"]
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"image.mode is {image.mode!r}: expected 8 bits a channel")
-    if not isinstance(question, str) or isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    """With a picture in front of the question; or with a tuple: several, or one whose MARK is elsewhere."""
+    images, question = (row[one] if one in row else row[other] for one, other in COLUMNS[:2])
+    images, answer = images if isinstance(images, list) else [images], row["answer"]
+    modes = [getattr(image, "mode", "no image") for image in images]
+    expect(modes and not any(mode.startswith(("I", "F", "no")) for mode in modes), "image.mode",
+           ", ".join(modes), "8 bits a channel")
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+        answer = f"{answer:.15g}" if isinstance(answer, float) else str(answer)
+    if not (isinstance(question, str) and isinstance(answer, str) and answer.strip()):
         raise ValueError(f"question, answer is {question!r:.50}, {answer!r:.50}: expected texts, or a number")
-    answer = f"{answer:.15g}" if isinstance(answer, float) else str(answer).strip()
-    return Problem(image.convert("RGB"), question.replace("<image>", "").strip(), answer)
+    images, alone = tuple(map(opaque, images)), question.strip().removeprefix(MARK).strip()
+    if len(images) == 1 and MARK not in alone:
+        return Problem(images[0], alone, answer.strip())
+    return Problem(images, question.strip(), answer.strip())
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """In RGB, on white where it is transparent."""
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

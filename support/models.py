@@ -6,6 +6,7 @@ three copies of a small model. `make_roles` lets the roles of a large one share 
 
 import copy
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -14,12 +15,14 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sapo
-from support.run_folder import first_line
+from support.run_folder import expect, first_line
+
+CRITICS = "a class with .model, for the critic to read (grpo, gspo and srpo have none)"
 
 
 # ------------------------------------------------------------------------------------------------------- load
 def load_policy(name: str, device: str, dtype: torch.dtype = torch.float32) -> tuple:
-    """Policy and processor of a folder or hub name. ValueError: no such model, or not whole."""
+    """Policy and processor of a folder or hub name. ValueError: no such model, not whole, not of use."""
     try:
         processor = transformers.AutoProcessor.from_pretrained(name)
         policy, found = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -28,13 +31,16 @@ def load_policy(name: str, device: str, dtype: torch.dtype = torch.float32) -> t
     except Exception as error:  # a library's: of any kind
         raise ValueError(f"model is {name!r}: expected an image-text-to-text model, a folder or "
                          f"a name ({first_line(error)})") from error
-    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
-        raise ValueError(f"model is {name!r}: expected all weights, but {missing[0]} and "
-                         f"{len(missing) - 1} more are missing or of another shape")
+    missing = [*found["missing_keys"], *found["mismatched_keys"]]
+    expect(not missing, "model", name,
+           f"all weights, but {len(missing)} are missing or of another shape, {missing[:1]} the first")
+    expect("logits_to_keep" in signature(policy.forward).parameters, "model", name,
+           f"a class that takes logits_to_keep, not {type(policy).__name__}")
     policy = policy.to(device).eval()  # eval: no dropout, or the first ratio is not 1
     torch.backends.cudnn.allow_tf32 = False  # nor is it where rounding in an image tower hangs on batch size
     own, tokenizer = policy.generation_config.eos_token_id, processor.tokenizer
-    eos = tokenizer.eos_token_id if own is None else own  # 0 is an id like any other
+    eos = tokenizer.eos_token_id if own in (None, []) else own  # 0 is an id like any other
+    expect(eos is not None, "model", name, "an end-of-sequence id, the model's or its tokenizer's")
     eos = eos if isinstance(eos, list) else [eos]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = eos[0]
@@ -50,6 +56,7 @@ def load(config) -> tuple:
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef > 0 else None
     critic = None
     if config.critic:  # its own copy of the pretrained backbone, and a value head that starts at 0
+        expect(hasattr(policy, "model"), "model", type(policy).__name__, CRITICS)
         hidden_size = policy.config.get_text_config().hidden_size
         critic = sapo.SegmentCritic(copy.deepcopy(policy.model), hidden_size).to(config.device)
     return policy, processor, critic, reference
@@ -162,6 +169,7 @@ def make_roles(config, model) -> tuple:
 
     policy, critic = role(model, "policy"), None
     if config.critic:
+        expect(hasattr(model, "model"), "model", type(model).__name__, CRITICS)
         hidden_size = model.config.get_text_config().hidden_size
         critic = sapo.SegmentCritic(role(model.model, "critic"), hidden_size).to(policy.device)
     return policy, critic, role(model, "") if config.kl_coef > 0 else None

@@ -1,11 +1,11 @@
 """The command line: a flag for each field of a config, its default, its help, and what it may be.
 
-train_small.Config has the options that a person sets, its base StudyOptions all others. Every error names the
-option, its value and what was expected, before any work is done.
+Options that an algorithm's step reads are in train_small.Config, those of a run in its base RunOptions. Every
+error names the option, its value and what was expected, before any work is done.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +13,9 @@ import torch
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import toy_env
-from support.run_folder import first_line, settings
+from support.run_folder import ROOT, expect, first_line, settings
 
-TINY_VLM = str(Path(__file__).resolve().parent.parent / "tiny_vlm")
+TINY_VLM = str(ROOT / "tiny_vlm")
 WORDY = str(Path(TINY_VLM) / "wordy")  # the same model, which also knows filler words
 
 # What an option that is not given becomes, unless train_small.ALGORITHMS says otherwise.
@@ -25,31 +25,23 @@ TUNED = dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, micro_batch=0)  # ours, on
 
 
 @dataclass
-class StudyOptions:
-    """Options that studies set, and nobody else needs to: --help-all shows them."""
+class RunOptions:
+    """The options of a run and its problems. train_small.Config adds those of the algorithm."""
 
-    mini_batches: int = HfArg(default=4, help="updates per epoch over an iteration's responses (paper: 4)")
-    epochs: int = HfArg(default=1, help="passes over the responses of an iteration (paper: 1)")
-    critic_warmup: int = HfArg(default=5, help="first iterations, for a critic alone (ours, after VC-PPO)")
-    critic_lr: float | None = HfArg(default=None, help="learning rate of the critic's pretrained part")
-    head_lr: float | None = HfArg(default=None, help="learning rate of the critic's value head")
-    temperature: float = HfArg(default=1.0, help="sampling temperature, also applied in scoring")
-    gamma: float = HfArg(default=1.0, help="discount per segment (paper: 1)")
-    lam_returns: float | None = HfArg(default=None, help="lambda of the returns, if another (VC-PPO: 1)")
-    ratio: Literal["segment", "token"] = HfArg(default="segment", help="SAPO's importance ratio (Table 2)")
-    value_at: Literal["start", "last"] = HfArg(
-        default="start", help="V is read before this token of a segment (official code: last)")
-    whiten: bool = HfArg(default=False, help="whiten advantages that come from a critic (official code)")
-    contrast: Literal["blind", "blank"] = HfArg(
-        default="blind", help="SRPO: score reasoning without the image, or with the readings blanked")
-    weight_temperature: float = HfArg(default=1.0, help="SRPO: divides the contrasts (S4)")
-    weight_clip: float = HfArg(default=0.5, help="SRPO: weights are clipped to 1 ± this (S4)")
-    corruption: Literal["patches", "noise", "blur", "blank"] = HfArg(
-        default="patches", help="SRPO: how images are corrupted")
-    sign_aware: bool = HfArg(default=False, help="SRPO: turn weights around where the advantage is negative")
-    distractors: int = HfArg(default=0, help="toy world: cells that the question does not use")
-    prior: float = HfArg(default=0.0, help="toy world: share of training questions that tell the answer")
+    seed: int = HfArg(default=0, help="seed of sampling, problems and mini-batches")
+    iterations: int = HfArg(default=30, help="each samples, scores and updates (paper: 200)")
+    eval_every: int = HfArg(default=10, help="iterations between evaluations")
     eval_problems: int = HfArg(default=256, help="held-out problems per evaluation")
+    device: str | None = HfArg(default=None, help="cuda, mps or cpu (the first there is)")
+    out: str | None = HfArg(default=None, help="the run's folder, a new one (runs/ALGO-SEED)")
+    resume: str | None = HfArg(default=None, help="a run's folder: go on from its last checkpoint")
+    save: bool = HfArg(default=False, help="save the trained model in OUT/model, its critic in OUT/critic.pt")
+    model: str | None = HfArg(default=None, help="folder or hub name for from_pretrained (tiny_vlm)")
+    operands: int = HfArg(default=4, help="numbers in a question, 2 to 8")
+    distractors: int = HfArg(default=0, help="toy world: cells that the question does not use")
+    operators: str = HfArg(default="+-", help="any of +-×")
+    prior: float = HfArg(default=0.0, help="toy world: share of training questions that tell the answer")
+    openings: Literal[tuple(toy_env.OPENED)] = HfArg(default="none", help="filler words in the responses")
 
 
 GROUPS = {  # of the options in --help
@@ -59,10 +51,11 @@ GROUPS = {  # of the options in --help
     "toy world": "operands operators openings",
     "memory": "micro_batch dtype lora checkpointing memory",
 }
-MAY_CHANGE = "iterations", "device", "out", "resume"  # where a run goes on
-COUNTS = "iterations", "responses", "mini_batches", "epochs", "eval_every", "eval_problems"
-RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | dict(  # least and most; toy_env checks its own
-    seed=(0, 2**32 - 1), micro_batch=(0, math.inf), critic_warmup=(0, math.inf), max_tokens=(2, math.inf),
+MAY_CHANGE = {"iterations", "device", "out", "resume"}  # where a run goes on
+RANGES = dict.fromkeys(("iterations", "mini_batches", "epochs", "eval_every"), (1, math.inf)) | dict(
+    seed=(0, 2**32 - 1), micro_batch=(0, math.inf), critic_warmup=(0, math.inf),  # toy_env checks its own
+    responses=(1, 10_000), eval_problems=(1, 10_000),  # all in memory, and an accuracy is known to 0.005
+    max_tokens=(2, 100_000),
     lr=(1e-12, 1), critic_lr=(1e-12, 1), head_lr=(1e-12, 1), temperature=(0.01, 100), top_percent=(1, 100),
     gamma=(0, 1), lam=(0, 1), lam_returns=(0, 1), kl_coef=(0, 100), clip_low=(0, 1), clip_high=(0, 100),
     weight_temperature=(0.01, 100), weight_clip=(0.01, 0.99))
@@ -83,7 +76,8 @@ class Parser(HfArgumentParser):
         lines = [self.description]
         for title, names in groups.items():
             lines += ["", title]
-            lines += [f"  --{name.replace('_', '-'):20}{flags[name].help}{told(flags[name])}" for name in names]
+            lines += [f"  --{name.replace('_', '-'):20}{flags[name].help}{told(flags[name])}"
+                      for name in names]
         return "\n".join(lines) + "\n"
 
 
@@ -108,55 +102,51 @@ def parse_arguments(kind: type, description: str, arguments: list[str] | None = 
         parser.exit(message=parser.format_help(every=True))
     if config.resume is None:
         return config
-    saved = {k: v for k, v in settings(config.resume).items() if k not in ("resume", "out")}
-    parser.set_defaults(**saved)
+    saved = settings(config.resume, kind)["config"]
+    its = {name: str(x) for name, x in saved.items() if x is not None}  # texts, as only these are checked
+    parser.set_defaults(**its | dict(resume=None, out=None))
     config, _ = parser.parse_args_into_dataclasses(arguments)
     for name, value in saved.items():
-        if name not in MAY_CHANGE and getattr(config, name) != value:
-            raise ValueError(f"{name} is {getattr(config, name)}: expected {value}, as in {config.resume}")
-    return replace(config, out=config.resume)
+        x = getattr(config, name)
+        expect(x == value or name in MAY_CHANGE, name, x, f"{value!r}, as in {config.resume}")
+    return config
 
 
 # --------------------------------------------------------------------------------------- complete, then check
 def complete(config, algorithms: dict[str, dict]):
     """The config with every None replaced (but for GAE's, where there is no critic), or ValueError before any
     work is done. algorithms: what is peculiar to each."""
-    if config.algo not in algorithms:
-        raise ValueError(f"algo is {config.algo!r}: expected one of {', '.join(algorithms)}")
-    if config.model is None:
-        config = replace(config, model=TINY_VLM if config.openings == "none" else WORDY)
-    own = str(Path(config.model).resolve())
-    if own == TINY_VLM and config.openings != "none":
-        raise ValueError(f"model is {config.model!r}: expected {WORDY}, which knows the openings")
-    defaults = PAPER | dict(device=best_device(), out=f"runs/{config.algo}-{config.seed}")
+    expect(config.algo in algorithms, "algo", config.algo, f"one of {', '.join(algorithms)}")
+    model = config.model or (TINY_VLM if config.openings == "none" else WORDY)
+    own = str(Path(model).resolve())
+    expect(own != TINY_VLM or config.openings == "none", "model", model, f"{WORDY}, which knows the openings")
+    defaults = PAPER | dict(device=best_device(), out=config.resume or f"runs/{config.algo}-{config.seed}")
     defaults |= algorithms[config.algo]
     if own in (TINY_VLM, WORDY):
         defaults |= TUNED | dict(max_tokens=16 * config.operands + 40)
         defaults |= dict(lam=0.9) if config.algo == "sapo" else {}  # ours, for a dozen segments a response
-    missing = {name for name, value in asdict(config).items() if value is None}
-    config = replace(config, **{name: x for name, x in defaults.items() if name in missing})
+    missing = {name: x for name, x in defaults.items() if getattr(config, name) is None}
+    config = replace(config, model=model, **missing)
     check(config)
     return config
 
 
 def check(config) -> None:
     """ValueError for a number out of its range, for two that cannot go together, or for no such device."""
+    def must(name: str, right: bool, what: str):
+        expect(right, name, getattr(config, name), what)
+
     for name in ("lam", "lam_returns"):
-        if not config.critic and getattr(config, name) is not None:
-            raise ValueError(f"{name} is {getattr(config, name)}: expected none, as {config.algo} has no "
-                             "critic")
+        must(name, config.critic or getattr(config, name) is None, f"none, as {config.algo} has no critic")
     for name, (low, high) in RANGES.items():
         number = getattr(config, name)
-        if number is not None and not low <= number <= high:
-            raise ValueError(f"{name} is {number}: expected a number from {low:g} to {high:g}")
-    if config.algo == "gspo" and config.kl_coef:
-        raise ValueError(f"kl_coef is {config.kl_coef}: expected 0 for gspo, which has no reference")
-    if config.critic and config.critic_warmup >= config.iterations:
-        raise ValueError(f"critic_warmup is {config.critic_warmup}: expected 0 or more, and less than the "
-                         f"{config.iterations} iterations, or the policy never learns")
-    if config.responses % (config.group * config.mini_batches):
-        raise ValueError(f"responses is {config.responses}: expected a multiple of {config.mini_batches} "
-                         f"mini-batches × {config.group} responses per prompt")
+        must(name, number is None or low <= number <= high, f"a number from {low:g} to {high:g}")
+    must("kl_coef", config.algo != "gspo" or not config.kl_coef, "0 for gspo, which has no reference")
+    must("critic_warmup", not config.critic or config.critic_warmup < config.iterations,
+         f"less than the {config.iterations} iterations, or the policy never learns")
+    must("responses", config.responses % (config.group * config.mini_batches) == 0,
+         f"a multiple of {config.mini_batches} mini-batches × {config.group} responses per prompt")
+    must("out", config.resume in (None, config.out), f"none, as --resume goes on in {config.resume}")
     for prior in (config.prior, 0.0, float(config.prior > 0)):  # raises for one that cannot be drawn
         toy_env.make_problem(0, prior=prior, **difficulty(config))
     try:

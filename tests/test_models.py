@@ -1,11 +1,13 @@
-"""Ten families of models, tiny and untrained, with their real processors.
+"""Eleven families of models, tiny and untrained, with their real processors.
 
 A family whose part of the library is missing (torchvision, num2words) is skipped by name. The oracles are the
 distributions that `generate` sampled from, with its cache, and each response alone, without padding.
 """
 
 import copy
+import itertools
 import re
+import shutil
 import string
 from dataclasses import replace
 from types import SimpleNamespace
@@ -94,6 +96,11 @@ FAMILIES = {
         "PaliGemma", ("Siglip", dict(size=SIDE, image_seq_length=16)),
         dict(text_config=GEMMA, vision_config=SIGLIP, projection_dim=64, hidden_size=64),
         spaces="gemma", bos="<bos>", bos_by="tokenizer", turn=None),
+    "mllama": Family(  # cross-attention; an image's id is beyond the vocabulary
+        "Mllama", ("Mllama", dict(size=SIDE)), dict(
+            text_config=TEXT | dict(cross_attention_layers=[1]), vision_config=VISION | dict(
+                num_global_layers=1, intermediate_layers_indices=[0], vision_output_dim=64)),
+        bos="<|begin_of_text|>", bos_by="both", image="<|image|>", named=dict(image_token="<|image|>")),
 }
 SPECIAL = """<pad> <eos> <s> <bos> <|begin_of_text|> <|im_start|> <|im_end|> <end_of_utterance>
     <start_of_turn> <end_of_turn> <image> <video> <fake_token_around_image> <global-img> <|vision_start|>
@@ -150,10 +157,10 @@ def make_model(family, folder, vocab_size=None):
     make = getattr(transformers, family.name + "ForConditionalGeneration")
     config = make.config_class(**copy.deepcopy(family.config))
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=1, pad_token_id=0)
-    ids["vocab_size"] = vocab_size or len(tokenizer)
+    ids["vocab_size"] = vocab_size or len(tokenizer) - (family.name == "Mllama")
     image = family.named.get("image_token", processor.image_token)
     named = dict(image=image, video="<video>", vision_start="<|vision_start|>", vision_end="<|vision_end|>")
-    ids |= {f"{name}_token_id": SPECIAL.index(token) for name, token in named.items()}
+    ids |= {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
     for part in (config, config.get_text_config()):
         for name in ids:
             if hasattr(part, name):  # by an alias too
@@ -161,7 +168,7 @@ def make_model(family, folder, vocab_size=None):
     torch.manual_seed(0)
     model = make(config)
     for weight in model.parameters():
-        if weight.dim() > 1:
+        if weight.dim() > 1 or weight.numel() == 1:  # a gate, at first closed
             torch.nn.init.normal_(weight, std=0.12)
     ends = [1, *range(70, len(tokenizer), 8)]  # one token in eight ends a response, or hardly any would end
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=0)
@@ -179,10 +186,12 @@ def small(folder, **changes):
     return train_small.complete(train_small.Config(model=str(folder), **options | changes))
 
 
-def many_sizes(n):
-    """Problems of 2 to 5 operands, their images stretched."""
+def many_sizes(n, several=False):
+    """Problems of 2 to 5 operands, their images stretched. several: every third has two, one in the text."""
     drawn = [toy_env.make_problem(i, operands=2 + i % 4) for i in range(n)]
-    return [replace(p, image=p.image.resize(SIZES[i % len(SIZES)])) for i, p in enumerate(drawn)]
+    drawn = [replace(p, image=p.image.resize(SIZES[i % len(SIZES)])) for i, p in enumerate(drawn)]
+    two = lambda p, q: replace(p, image=(p.image, q.image), question=f"<image>{p.question} <image> or so?")
+    return [two(p, drawn[i - 1]) if several and i % 3 == 1 else p for i, p in enumerate(drawn)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -212,7 +221,9 @@ def sampled(family):
         return out.sequences
 
     policy.generate = keep
-    roll = train_small.rollout(policy, processor, task, many_sizes(16), config.max_tokens, config.temperature)
+    problems = many_sizes(16, several=processor.chat_template is not None)
+    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens, config.temperature)
+    inputs = train_small.take(roll.inputs, torch.arange(16), roll.image_ids)
     del policy.generate
     logits = torch.stack(kept, 1)[:, : roll.ids.shape[1]]
     lengths, prompts = roll.mask.sum(1).unique(), roll.inputs["attention_mask"].sum(1).unique()
@@ -224,7 +235,9 @@ def sampled(family):
 @torch.no_grad()
 def test_scores_are_those_of_sampling_and_of_each_response_alone(sampled):
     s, roll, temperature = sampled, sampled.roll, sampled.config.temperature
-    log_probs, _ = train_small.score(s.policy, roll.inputs, roll.ids, roll.mask, temperature)
+    ids = re.findall(r'"(?:image|video)_token_i\w+": (\d+)', s.policy.config.to_json_string())
+    assert train_small.banned_ids(s.policy) == sorted({int(i) for i in ids if int(i) < s.logits.shape[2]})
+    log_probs, _ = train_small.score(s.policy, s.inputs, roll.ids, roll.mask, temperature)
     logits = s.logits / temperature
     logits[..., train_small.banned_ids(s.policy)] = -torch.inf
     expected = logits.log_softmax(2).gather(2, roll.ids[..., None])[..., 0]
@@ -232,20 +245,22 @@ def test_scores_are_those_of_sampling_and_of_each_response_alone(sampled):
     for problem, ids, keep, found in zip(roll.problems, roll.ids, roll.mask, log_probs):
         prompt = train_small.encode(s.processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
         assert prompt["attention_mask"].all()
+        prompt = train_small.take(prompt, torch.arange(1), roll.image_ids)
         alone, _ = train_small.score(s.policy, prompt, ids[None, keep], keep[None, keep], temperature)
         assert (alone[0] - found[keep]).abs().max() < 1e-4
-    seen, pixels = roll.inputs["attention_mask"], roll.inputs["pixel_values"]
+    seen, pixels = s.inputs["attention_mask"], s.inputs["pixel_values"]
     for name, x in dict(attention_mask=torch.ones_like(seen), pixel_values=-pixels).items():  # these show
-        off, _ = train_small.score(s.policy, roll.inputs | {name: x}, roll.ids, roll.mask, temperature)
+        off, _ = train_small.score(s.policy, s.inputs | {name: x}, roll.ids, roll.mask, temperature)
         assert (off - log_probs)[roll.mask].abs().max() > 1e-2
 
 
 def test_pieces_join_to_the_text_and_a_prompt_has_one_bos(sampled):
     tokenizer, roll = sampled.processor.tokenizer, sampled.roll
+    silent = {0, 1, *sampled.policy.generation_config.eos_token_id}
     for ids, keep, pieces, text in zip(roll.ids, roll.mask, roll.pieces, roll.texts):
         assert "".join(pieces) == text and len(pieces) == keep.sum()
         for t in range(1, len(pieces)):
-            said = tokenizer.decode(ids[:t], skip_special_tokens=True)
+            said = tokenizer.decode([i for i in ids[:t].tolist() if i not in silent])
             if text.startswith(said) and not said.endswith("\ufffd"):  # whole characters
                 assert "".join(pieces[:t]) == said
     if tokenizer.bos_token:
@@ -270,33 +285,82 @@ def test_micro_batches_and_pieces_of_logits_give_the_gradient_of_the_whole_batch
     assert steps[0].norm() > 0.5 and (steps[0] - steps[1]).norm() < 1e-3 * steps[0].norm()
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava"])  # bytes; a space in front is lost
+def test_tags_that_are_special_tokens_are_text(name):
+    tokenizer = make_tokenizer(FAMILIES[name])
+    tokenizer.add_tokens(["<think>", "</think>", "<answer>"], special_tokens=True)
+    text = "<perception> é 1 </perception> <think> one\ntwo </think> <answer> 3 </answer>"
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], 7, 0, 1]  # 7: the model's own end
+    mask = torch.ones(1, len(ids)).bool()
+    (pieces,), (said,) = train_small.read_tokens(tokenizer, torch.tensor([ids]), mask, [7])
+    assert said.split() == text.split() and "".join(pieces) == said and pieces[-3:] == ["", "", ""]
+    for role, part in zip(train_small.srpo.split_roles([pieces], mask), ("é 1", "one\ntwo")):
+        assert "".join(piece for piece, on in zip(pieces, role[0]) if on).strip() == part
+
+
+def test_templates_that_refuse_a_system_turn_or_open_a_tag(tmp_path, capsys):
+    make_model(FAMILIES["llava"], tmp_path)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    says = "{% for m in messages %}{% for c in m.content %}{{ c.text or '<image>' }}{% endfor %}{% endfor %}"
+    for wrong in ("raise_exception('no system')", "'[INST]' + messages[0].content"):  # Gemma 2's, Pixtral's
+        processor.chat_template = "{% if messages[0].role == 'system' %}{{ " + wrong + " }}{% endif %}" + says
+        inputs = train_small.encode(processor, "Look!", [many_sizes(1)[0].image], ["What?"], "cpu")
+        assert processor.tokenizer.decode(inputs["input_ids"][0]) == "<s> Look!\n" + "<image>" * 16 + " What?"
+    for end, opened in {"<think>\n": ["<think>"], "a: <perception>": ["<perception>"],
+                        "<think>\n\n</think>\n": [], "<|im_start|>": []}.items():
+        processor.chat_template = says + end
+        processor.save_pretrained(tmp_path)
+        real_vlm.make_check(real_vlm.RealConfig(model=str(tmp_path)))
+        assert re.findall("opens (<.*?>): no response has the format", capsys.readouterr().out) == opened
+
+
+@pytest.mark.parametrize("kind, settings, said", [
+    ("GitForCausalLM", dict(hidden_size=36, num_hidden_layers=1), "a class with .model, for the critic"),
+    ("Blip2ForConditionalGeneration", dict(text_config=LLAMA), "a class that takes logits_to_keep, not Bl"),
+    ("no end", {}, "an end-of-sequence id")])
+def test_a_model_that_cannot_be_sampled_or_scored_is_one_line(kind, settings, said, mini, tmp_path):
+    folder = shutil.copytree(mini, tmp_path / "model")
+    if kind == "no end":
+        processor = transformers.AutoProcessor.from_pretrained(mini)
+        processor.tokenizer.eos_token = None
+        processor.save_pretrained(folder)
+        transformers.GenerationConfig(eos_token_id=None).save_pretrained(folder)
+    else:
+        kind = getattr(transformers, kind)
+        kind(kind.config_class(**settings, vision_config=VISION)).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"model is '.*': expected {said}"):
+        train_small.load(small(folder))
+    assert "critic" not in said or train_small.load(small(folder, algo="grpo"))[2] is None
+
+
 @pytest.mark.parametrize("algo", ["sapo", "srpo", "grpo"])
-def test_trains(family, algo, coin, tmp_path):
+def test_trains(family, algo, coin, tmp_path, monkeypatch):
     config = small(family, algo=algo, micro_batch=5 * (algo == "srpo"), out=str(tmp_path / "run"))
-    history, _ = train_small.learn(train_small.prepare(config))
+    several, shown, corrupt = not family.name.startswith("paligemma"), [], train_small.srpo.corrupt_image
+    monkeypatch.setattr(train_small.srpo, "corrupt_image", lambda *args, **more: shown.append(1) or corrupt(
+        *args, **more))
+    task = train_small.toy_task(config)._replace(stream=itertools.cycle(many_sizes(9, several)))
+    history, _ = train_small.learn(train_small.prepare(config, lambda _: task))
+    assert len(shown) == (2 * 16 + 8 * several) * (algo == "srpo")  # all pictures of each response
     assert len(history) == 3 and all(row["grad_norm"] > 0 for row in history[1:])
     assert history[1]["first_ratio_deviation"] < 1e-4 and abs(history[1]["kl_to_start"]) < 1e-5
     assert history[2]["kl_to_start"] != 0 and (algo != "sapo" or history[2]["value_loss"] > 0)
 
 
 @pytest.mark.parametrize("family", ["llava"], indirect=True)
-@pytest.mark.parametrize("held_out", ["test", "validation"])
-def test_trains_on_the_columns_of_geometry3k(family, held_out, tmp_path, monkeypatch):
+def test_trains_on_the_columns_of_geometry3k(family, tmp_path, monkeypatch):
     """A list of images of any size and mode, `<image>` in the problem, and a split that is held out."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     modes, drawn = ("RGB", "RGBA", "L", "P", "LA", "1", "CMYK"), many_sizes(22)
     (tmp_path / "data").mkdir()
-    for name, part in {"train": range(16), held_out: range(16, 22)}.items():
+    for name, part in {"train": range(16), "test": range(16, 22)}.items():
         table = datasets.Dataset.from_dict(dict(
             images=[[drawn[i].image.convert(modes[i % len(modes)])] for i in part],
             problem=["<image>" + drawn[i].question for i in part], answer=[drawn[i].answer for i in part]))
         table.to_parquet(tmp_path / "data" / f"{name}.parquet")
     monkeypatch.setattr(real_vlm, "reward", lambda problem, text: float(len(text) % 2))
     options = vars(small(family, algo="grpo", out=str(tmp_path / "run")))
-    config = real_vlm.RealConfig(**options, dataset=str(tmp_path / "data"))
-    task = real_vlm.make_task(config)
-    stream, evaluated = task.stream, task.held_out
-    assert {next(stream).question for _ in range(16)} == {p.question for p in drawn[:16]}
-    assert len(evaluated) == 4 and {p.question for p in evaluated} <= {p.question for p in drawn[16:]}
-    history, _ = train_small.learn(real_vlm.begin(config))
+    run = real_vlm.begin(real_vlm.RealConfig(**options, dataset=str(tmp_path / "data")))
+    assert {p.question for p in run.task.held_out} <= {p.question for p in drawn[16:]}
+    history, _ = train_small.learn(run)
     assert history[1]["first_ratio_deviation"] < 1e-4 and history[2]["kl_to_start"] != 0

@@ -3,20 +3,20 @@
 import copy
 import json
 import sys
-import time
 from dataclasses import replace
 
 import datasets
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_models import FAMILIES, make_model, many_sizes
 from transformers.hf_argparser import HfArgumentParser
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import sapo
 import train_small
-from examples import real_vlm
+from examples import judge, real_vlm
 from support import models
 
 OPTIONS = dict(iterations=2, responses=8, mini_batches=2, critic_warmup=0, max_tokens=10, micro_batch=2,
@@ -116,7 +116,7 @@ def test_settings_follow_the_paper(folder, capsys):
 
 
 # ------------------------------------------------------------------------------------ one base in three roles
-def test_adapters_learn_and_the_base_and_the_reference_stay(folder):
+def test_adapters_learn_and_are_saved_and_the_base_and_the_reference_stay(folder, tmp_path):
     needs_peft()
     config, policy, critic, reference, roll, scored, credit = made(folder, lora=4)
     plain = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32).eval()
@@ -133,6 +133,11 @@ def test_adapters_learn_and_the_base_and_the_reference_stay(folder):
     own = [{names[id(p)] for p in module.parameters()} for module in (policy, critic.backbone, reference)]
     assert own[0] and own[1] and not own[2] and not own[0] & own[1]
     assert all(".policy." in name for name in own[0]) and all(".critic." in name for name in own[1])
+    critic.backbone.put_on()
+    policy.save_pretrained(tmp_path)
+    saved = load_file(next(tmp_path.rglob("adapter_model.safetensors")))
+    trained = {k.replace(".policy", ""): x for k, x in weights(policy.whole).items() if ".policy" in k}
+    assert saved and all(x.equal(trained[k.removeprefix("base_model.model.")]) for k, x in saved.items())
     inputs = train_small.take(roll.inputs, torch.arange(8))
     ours, theirs = (train_small.score(m, inputs, roll.ids, roll.mask)[0] for m in (reference, plain))
     assert torch.equal(ours, theirs)
@@ -170,9 +175,11 @@ def test_checkpointing_changes_no_gradient_and_no_sample(folder, lora):
     for checkpointing in (False, True):
         config, policy, critic, _, roll, scored, credit = made(folder, lora=lora, checkpointing=checkpointing)
         calls = []
+        for module in [*policy.whole.modules(), *critic.backbone.whole.modules()]:
+            module.attention_dropout = 0.5  # in training mode
         for layer in policy.layers:
             layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        step(config, policy, critic, roll, scored, credit)
+        assert step(config, policy, critic, roll, scored, credit)["first_ratio_deviation"] < 1e-5
         found.append((roll.ids, weights(policy), weights(critic), len(calls)))
     (ids, ours, values, once), (same, other, others, twice) = found
     assert torch.equal(ids, same) and twice > 1.4 * once  # it is on: layers run again in the backward pass
@@ -216,19 +223,16 @@ WRONG = [("48", "48"), ("48", "<answer>47</answer>"), ("48", r"\boxed{48"), ("48
 @pytest.mark.parametrize("library", [True, False])
 def test_answers_are_judged(monkeypatch, library):
     if not library:
-        monkeypatch.setattr(real_vlm, "math_verify", None)
-    elif real_vlm.math_verify is None:
+        monkeypatch.setattr(judge, "math_verify", None)
+    elif judge.math_verify is None:
         pytest.skip("math-verify is not installed")
-    start = time.process_time()
     for table, expected in ((RIGHT, 0.9), (WRONG, 0.0)):
         for answer, response in table:
             problem = train_small.Problem(None, "?", answer)
             assert real_vlm.reward(problem, response) == pytest.approx(expected), (answer, response[:60])
-    assert time.process_time() - start < 10
     whole = "<perception>a</perception> <think>b</think> <answer>{}</answer>"
     assert [real_vlm.reward(train_small.Problem(None, "?", "4"), whole.format(x)) for x in "45"] == [1.0, 0.1]
-    same = real_vlm.same("0.5", r"\frac{1}{2}")
-    assert same == library  # the library compares values
+    assert judge.same("x + 1", "1 + x") == library  # it knows algebra
 
 
 # ------------------------------------------------------------------------------------------ the memory estimate
@@ -261,6 +265,9 @@ def test_the_memory_estimate_counts_what_is_there(folder, changes, capsys):
     for layer in range(text.num_hidden_layers):
         cache.update(heads, heads, layer)
     assert rows["KV cache"] == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    least = real_vlm.estimate_memory(replace(config, micro_batch=1, max_tokens=2, prompt_tokens=1))
+    copied = max(sum(p.nbytes for p in m.parameters()) for m, _ in optimizers)  # in AdamW's step
+    assert [*least.values()][-1] >= sum([*least.values()][:5]) + copied
     real_vlm.print_memory(config)
     assert "fits the" in capsys.readouterr().out
 
