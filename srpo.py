@@ -47,7 +47,7 @@ ONE_RUN = ("1s in one run. No paper says what to do with a hole, such as a tool'
 def group_advantages(outcome: Tensor, group_size: int) -> Tensor:
     """How much better than its group a response is. (S1); DeepSeekMath, arXiv 2402.03300.
 
-    outcome (B,), of a verifier; a group: `group_size` responses in a row. -> (B,), fp32; std with n - 1.
+    outcome (B,); group_size responses in a row are a group, also any without tokens; std: n - 1. -> (B,).
 
     >>> group_advantages(torch.tensor([1, 0, 0, 1,   1, 1, 1, 1]), group_size=4)
     tensor([ 0.8660, -0.8660, -0.8660,  0.8660,  0.0000,  0.0000,  0.0000,  0.0000])

@@ -6,8 +6,9 @@ import json
 import math
 import re
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ import sapo
 import toy_env
 import train_small
 from results import bench, credit, study
+from test_page import PROBLEM, TEXTS
+from tiny_vlm import make
 
 ROOT = study.HERE.parent
 README = (study.HERE / "README.md").read_text(encoding="utf-8")
@@ -128,13 +131,7 @@ def test_study_keeps_a_run_and_never_repeats_it(tmp_path, monkeypatch, mini, no_
     with pytest.raises(AttributeError):  # another run: it would be trained
         study.kept(more, study.train_once)
     assert study.kept(more, study.train_once, workers=0) == [run]
-
-
-def test_settings_share_a_run_where_an_option_is_at_its_default():
-    assert study.setting("sapo", segments="entropy", top_percent=30.0) == study.setting("sapo")
-    assert study.setting("gspo", lr=1.6e-4)["lr"] == 1.6e-4 != study.setting("gspo")["lr"]
-    assert study.setting("sapo", value_at="last")["value_at"] == "last"
-    assert study.setting("grpo", prior=0.6)["prior"] == 0.6
+    assert {its["seed"] for _, its in study.jobs_of("table1", seeds=2)} == {0, 1}
 
 
 def test_cells_intervals_and_tables():
@@ -211,12 +208,12 @@ def test_a_critic_is_summed_up_while_there_is_something_to_explain():
 
 def test_pictures_leave_out_what_is_missing(tmp_path, monkeypatch):
     its = study.STUDIES["figure5"]
-    runs = {label: [dict(options=options, row=dict.fromkeys(its.curves, x + i)) for x in (0.25, 0.75)]
+    runs = {label: [dict(options=options, row=dict.fromkeys(its.curves, x + i)) for x in (0.0, 0.75)]
             for i, (label, options) in enumerate(its.runs.items())}
     for run in (runs["5 %"][0], *runs["20 %"]):
         run["row"]["blame_auroc"] = None
     panels = study.lines("figure5", runs)
-    whole = {k: [0.25 + i, 0.75 + i] for i, k in enumerate((5, 10, 20, 30, 50, 100))}
+    whole = {k: [0.0 + i, 0.75 + i] for i, k in enumerate((5, 10, 20, 30, 50, 100))}
     assert panels["accuracy_paper"]["sapo"] == whole
     del whole[20]
     assert panels["blame_auroc"]["sapo"] == whole | {5: [0.75]}
@@ -226,71 +223,43 @@ def test_pictures_leave_out_what_is_missing(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------- credit
-@pytest.fixture
-def slipped():
-    """A rollout of one wrong response with one false statement, 3 + 7 = 11; and where its digits are."""
-    numbers = {"red": 3, "blue": 7, "green": 5}
-    cells = tuple(toy_env.Cell(0, i, colour, n) for i, (colour, n) in enumerate(numbers.items()))
-    steps = toy_env.Step(3, "+", "blue", 7, 10), toy_env.Step(10, "-", "green", 5, 5)
-    problem = toy_env.Problem(None, "red + blue - green = ?", "5", cells, steps)
-    text = ("<perception> red 3, blue 7, green 5 </perception> <think> red 3 + blue 7 = 11\n"
-            "11 - green 5 = 6 </think> <answer> 6 </answer>")
-    pieces = re.findall(r"\d|[^\d]+", text)
-    assert "".join(pieces) == text
-    mask = torch.ones(1, len(pieces), dtype=torch.bool)
-    task = train_small.Task(None, [], "", toy_env.reward)
-    roll = train_small.Rollout(task, [problem], {}, mask.long(), mask, ~mask[:, 0], [pieces], [text])
-    names = ["red", "blue", "green", "a", "b", "tens", "ones", "c", "d", "e", "result", "answer"]
-    return roll, dict(zip(names, (i for i, p in enumerate(pieces) if p.isdigit())))
+RIGHT, LUCKY, SLIP, LATE, MISREAD, *_ = TEXTS.values()
+PIECES = re.findall(r"\d|\D+", SLIP)
+AT = dict(zip("pink orange cyan a b tens ones c d e result result_ones answer answer_ones".split(),
+              (t for t, piece in enumerate(PIECES) if piece.isdigit())))
+DECIDE = {AT[k] for k in ("pink", "orange", "cyan", "tens", "ones", "result", "result_ones")}
 
 
-def test_blame_points_at_the_false_statement(slipped):
-    roll, at = slipped
-    advantages = torch.zeros(roll.mask.shape)
-    n, found = credit.blame(roll, advantages)
-    assert n == 1 and found["auroc_tokens"] == found["auroc_statements"] == 0.5
-    advantages[0, [at["tens"], at["ones"]]] = -1.0
-    perfect = dict(auroc_tokens=1.0, auroc_statements=1.0, top1_statements=1.0)
-    assert credit.blame(roll, advantages) == (1, perfect)
-    advantages[0, at["answer"]] = -2.0  # now the answer is blamed most
-    _, found = credit.blame(roll, advantages)
-    assert found["auroc_tokens"] == pytest.approx(1 - 1 / (len(roll.pieces[0]) - 2))
-    assert found["top1_statements"] == 0
-    right = roll._replace(texts=[roll.texts[0].replace("= 6", "= 5").replace("> 6 <", "> 5 <")])
-    assert credit.blame(right, advantages) == (0, {})  # a right response
+def said(*texts):
+    """A rollout of responses to PROBLEM, in as many tokens as SLIP."""
+    ids, n = torch.arange(len(PIECES)).expand(len(texts), -1), len(texts)
+    task, pieces = train_small.Task(None, [], "", toy_env.reward), [re.findall(r"\d|\D+", x) for x in texts]
+    return train_small.Rollout(task, [PROBLEM] * n, {}, ids, ids >= 0, ids[:, 0] < 0, pieces, [*texts])
 
 
-def test_what_decides_nothing_and_what_goes_wrong(slipped):
-    roll, at = slipped
-    decide = {at[k] for k in ("red", "blue", "green", "tens", "ones", "result")}
-    assert study.decisions(roll) == {(0, t) for t in decide}
-    n, entropy = len(roll.pieces[0]), torch.full(roll.mask.shape, 0.1)  # no more than UNCERTAIN
-    entropy[0, [at["red"], at["ones"], at["c"], at["answer"], 0]] = 0.11
+def test_what_decides_nothing_what_goes_wrong_and_where_ends_and_weights_are():
+    roll, n, uncertain = said(SLIP), len(PIECES), [0, AT["pink"], AT["ones"], AT["c"], AT["answer"]]
+    assert study.decisions(roll) == {(0, t) for t in DECIDE}
+    entropy = 0.1 + 0.01 * torch.isin(roll.ids, torch.tensor(uncertain))  # 0.1 is no more than UNCERTAIN
     found = study.look(1, None, None, roll, train_small.Scored(None, entropy), None)
     ends = sapo.ends_by_entropy(entropy, roll.mask)[0].nonzero()[:, 0].tolist()[:-1]  # the last one is given
-    hits = len(decide & set(ends))
-    assert found == dict(idle=3 / 5, precision=hits / len(ends), recall=hits / 6, chance=6 / n) and hits >= 2
-    shorter = roll._replace(mask=roll.mask.clone())
-    shorter.mask[0, at["answer"]:] = False
-    found = study.look(1, None, None, shorter, train_small.Scored(None, entropy), None)
-    assert (found["idle"], found["chance"]) == (2 / 4, 6 / at["answer"])
-    right = roll.texts[0].replace("= 11\n11", "= 10\n10").replace("= 6", "= 5").replace("> 6", "> 5")
-    texts = [roll.texts[0], right, right.replace("> 5", "> 4"), "so", right.replace("red 3,", "red 8,")]
+    hits = len(DECIDE & set(ends))
+    assert found == dict(idle=3 / 5, precision=hits / len(ends), recall=hits / 7, chance=7 / n) and hits >= 2
+    shorter = roll._replace(mask=roll.ids < AT["answer"])
+    values = torch.tensor([[sum(t > x for x in uncertain) for t in range(n)]]).float()  # they alone move V
+    found = study.look(1, None, "a critic", shorter, train_small.Scored(None, entropy, None, values), None)
+    assert (found["idle"], found["chance"]) == (2 / 4, 7 / AT["answer"])
+    lifts = [found[f"lift_{q}"] for q in study.QUANTILES]  # above: all but the last token, or these four
+    assert lifts == pytest.approx([1] * 4 + [(AT["answer"] - 1) / 4] * 2)
+    texts = [SLIP, RIGHT, RIGHT.replace("> 15", "> 14"), "so", LUCKY]
     task = train_small.Task(None, roll.problems * 5, "", toy_env.reward)
     assert study.errors(task, texts) == dict(answer=0.2, format=0.2, result=0.2)  # the last one is right
-
-
-def test_ends_and_roles_by_hand(slipped):
-    roll, at = slipped
-    ends = torch.zeros_like(roll.mask)
-    ends[0, [at["red"], at["tens"], at["c"], -1]] = True  # the last end is given: 2 of 3 are right
-    decisions = {at[k] for k in ("red", "blue", "green", "tens", "ones", "result")}
-    assert credit.quality_of_ends(roll, ends) == dict(precision=2 / 3, recall=2 / len(decisions))
-    weights = torch.arange(float(roll.mask.shape[1]))[None]
-    assert credit.weights_by_kind(roll, weights) == {
-        "true reading": statistics.fmean(at[k] for k in ("red", "blue", "green")), "computed": at["result"],
-        "copied": statistics.fmean(at[k] for k in ("a", "b", "c", "d", "e")),
-        "false result": (at["tens"] + at["ones"]) / 2}
+    ends = torch.isin(roll.ids, torch.tensor([AT["pink"], AT["tens"], AT["c"], n - 1]))  # the last is given
+    assert credit.quality_of_ends(roll, ends) == dict(precision=2 / 3, recall=2 / 7)
+    kinds = {"true reading": "pink orange cyan", "copied": "a b c d e", "computed": "result result_ones",
+             "false result": "tens ones"}
+    assert credit.weights_by_kind(roll, roll.ids.float()) == {
+        kind: statistics.fmean(AT[k] for k in its.split()) for kind, its in kinds.items()}
 
 
 def test_random_ends_are_as_many_elsewhere_and_uniform_on_the_device_of_the_mask(monkeypatch):
@@ -307,56 +276,109 @@ def test_random_ends_are_as_many_elsewhere_and_uniform_on_the_device_of_the_mask
     assert credit.random_ends(mask, mask, torch.Generator()).device == mask.device
 
 
-def test_value_error_is_freed_of_sampling_noise():
-    g = torch.Generator().manual_seed(0)
-    truth = torch.rand(4000, generator=g, dtype=torch.float64)
-    mc = torch.bernoulli(truth.expand(credit.CONTINUATIONS, -1), generator=g).mean(0)
-    v = truth + 0.1 + 0.2 * torch.randn(4000, generator=g, dtype=torch.float64)
+def test_values_are_compared_with_continuations_of_the_same_prefix_and_freed_of_their_noise(monkeypatch):
+    monkeypatch.setattr(credit, "PREFIXES", 1)
+    monkeypatch.setattr(credit, "CONTINUATIONS", 4)
+    processor, rng = make.make_processor(), torch.Generator().manual_seed(0)
+    ids = torch.tensor(processor.tokenizer([SLIP + "<eos>", RIGHT + "<eos>"])["input_ids"])
+    inputs = dict(input_ids=torch.tensor([[8], [9]]), attention_mask=torch.ones(2, 1), pixels=torch.eye(2))
+    problems = [replace(PROBLEM, answer="?"), PROBLEM]
+    roll = said(SLIP, RIGHT)._replace(problems=problems, ids=ids, inputs=inputs)
+
+    def generate(input_ids, attention_mask, pixels, max_new_tokens, **settings):
+        row, t = int(pixels[0, 1]), 500 - max_new_tokens
+        assert input_ids.tolist() == [[8 + row, *ids[row, :t]]] * 4 and attention_mask.all()
+        assert settings == dict(do_sample=True, top_k=0, suppress_tokens=[7])
+        return torch.cat([input_ids, ids[row, t:].where(torch.arange(4)[:, None] > 0, 1)], 1)  # one ends
+
+    monkeypatch.setattr(train_small, "banned_ids", lambda policy: [7])
+    states, places = torch.rand(ids[:, 1:].shape, generator=rng) < 0.2, torch.arange(ids.numel()).view_as(ids)
+    found = [point for _ in range(300) for point in credit.value_points(
+        SimpleNamespace(generate=generate), processor, roll, dict(a=places, b=-places), states, 500, rng)]
+    expected = {(0.75 * i, int(places[i, t]), -int(places[i, t])) for i, t in states.nonzero().tolist()}
+    assert {(truth, v["a"], v["b"]) for truth, v in found} == expected and len(found) == 300
+    truth = torch.rand(40000, generator=rng, dtype=torch.float64)
+    mc = torch.bernoulli(truth.expand(4, -1), generator=rng).mean(0)  # its noise is as large as the error
+    v = truth + 0.1 + 0.2 * torch.randn(40000, generator=rng, dtype=torch.float64)
     found = credit.value_errors([(m, {"critic": x}) for m, x in zip(mc.tolist(), v.tolist())], "critic")
-    assert found["value_error"] == pytest.approx(0.1**2 + 0.2**2, abs=0.003)
-    assert found["value_bias"] == pytest.approx(0.1, abs=0.02)
-    assert found["value_ev"] == pytest.approx(1 - 0.2**2 * 12, abs=0.04)  # a uniform's variance is 1 / 12
+    assert found == pytest.approx(dict(value_error=0.05, value_bias=0.1, value_ev=1 - 0.04 * 12), abs=0.005)
 
 
-def test_monte_carlo_of_a_finished_answer_is_its_outcome():
-    config = train_small.complete(train_small.Config(operands=2, device="cpu"))
-    policy, processor, *_ = train_small.load(config)
-    torch.manual_seed(0)
-    task, problems = train_small.toy_task(config), toy_env.make_problems(12, operands=2)
-    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens)
-    outcomes, lengths = roll.outcome().tolist(), roll.mask.sum(1).tolist()
-    for outcome in (0.0, 1.0):
-        row = outcomes.index(outcome)
-        first, last = (credit.monte_carlo(policy, processor, roll, row, t, config.max_tokens)
-                       for t in (0, lengths[row] - 2))
-        assert last == pytest.approx(outcome, abs=0.05) and abs(first - outcome) > 0.02
-
-
-def test_the_credit_study_runs_on_the_miniature(mini, monkeypatch):
-    for name, value in dict(CHECKPOINTS=(1,), PROMPTS=2, PREFIXES=4, CONTINUATIONS=2).items():
+def test_critics_learn_beside_sapo_and_are_measured_at_checkpoints(mini, coin, monkeypatch):
+    for name, value in dict(CHECKPOINTS=(1, 2), PROMPTS=2, GROUP=4, PREFIXES=2, CONTINUATIONS=2).items():
         monkeypatch.setattr(credit, name, value)
-    options = dict(SMALL, algo="sapo", model=str(mini), iterations=1, critic_warmup=0, lr=1e-4, device="cpu")
+    options = SMALL | dict(model=str(mini), iterations=2, critic_warmup=0, responses=8, micro_batch=0, seed=3,
+                           eval_problems=2, lr=1e-3, head_lr=0.1, device="cpu")
+    own = {name: credit.settings_of(name, options) for name in credit.CRITICS}
+    update, checkpoint, value_points = train_small.update, credit.checkpoint, credit.value_points
+    critics, checks, states, marks = [], [], [], []
+
+    def updated(config, policy, critic, optimizers, roll, scored, its, learn_policy=True):
+        name = [*own][len(critics) % 4]
+        assert config == replace(own[name], out=config.out) and learn_policy == (name == "sapo")
+        assert [model for model, _ in optimizers] == [policy, critic][not learn_policy:]
+        scored = scored._replace(values=train_small.score_all(config, policy, None, critic, roll).values)
+        aims = train_small.assign_credit(config, policy, None, roll, scored, roll.outcome())
+        torch.testing.assert_close(its.returns, aims.returns)  # of its own values
+        critics.append(critic)
+        return update(config, policy, critic, optimizers, roll, scored, its, learn_policy)
+
+    monkeypatch.setattr(train_small, "update", updated)
+    monkeypatch.setattr(credit, "checkpoint", lambda *its: checks.append([*critics, its]) or checkpoint(*its))
+    monkeypatch.setattr(credit, "value_points", lambda *args: states.append(args) or value_points(*args))
+    monkeypatch.setattr(credit, "quality_of_ends", lambda roll, ends: marks.append(ends) or {})
     found = credit.measure(options)
-    assert {row["part"] for row in found["rows"]} >= {"values", "ends", "policy"}
-    assert {row["who"] for row in found["rows"] if row["part"] == "values"} == set(credit.CRITICS)
-    assert set(found["points"][1]) == {"start", "last"} and len(found["points"][1]["last"]) == 4
+    assert torch.initial_seed() == 3  # not that of a measurement, which changes nothing in training
+    for *before, (_, _, _, its, _, i) in checks:
+        assert [*its.items()] == [*zip(own, before[-4:])] and len(before) == 4 * i
+    asked = [p for *_, (*_, problems, _) in checks for p in problems]
+    assert asked == toy_env.make_problems(4, seed=4, split="eval", operands=2, distractors=0)
+    (_, _, roll, _, start, *_), (*_, last, _, _) = states[:2]
+    assert roll.problems == [p for p in asked[:2] for _ in range(4)] and last.equal(marks[0])
+    assert start[:, 0].all() and start[:, 1:].equal(last[:, :-1] & roll.mask[:, 1:])
+    assert marks[4].sum(1).equal(last.sum(1)) and not marks[4].equal(last)
+    for row in [row for row in found["rows"] if row["measure"].startswith("value_bias")]:
+        its = found["points"][row["iteration"]][row["measure"].split("_")[2]]
+        assert row["value"] == pytest.approx(statistics.fmean(v[row["who"]] - mc for mc, v in its))
+        assert all(len({*v.values()}) > 2 for _, v in its)
 
 
-def test_a_slip_is_drawn_with_a_line_for_each_method(slipped):
-    roll, at = slipped
-    rows = {name: torch.linspace(-1, 1, len(roll.pieces[0])) for name in ("grpo", "sapo")}
-    figure = credit.draw_slip(roll.pieces[0], [at["tens"], at["ones"]], rows, roll.mask[0].tolist())
+def test_each_method_gives_credit_by_its_own_values_and_settings(mini, monkeypatch):
+    config = train_small.complete(train_small.Config(model=str(mini), lam_returns=1.0, device="cpu"))
+    own = {name: credit.settings_of(name, asdict(config)) for name in credit.CRITICS}
+    assert [(x.lam, x.lam_returns, x.value_at) for x in own.values()] == [
+        (0.9, None, "start"), (0.9, None, "last"), (0.95, None, "start"), (0.99, 1.0, "start")]
+    monkeypatch.setattr(credit, "GROUP", 2)
+    monkeypatch.setattr(train_small, "weigh_roles", lambda config, policy, processor, roll, *_: (
+        roll.mask * (2.0 + config.sign_aware + 4 * (config.contrast == "blank")), None))
+    roll, entropy = said(SLIP, RIGHT, RIGHT, RIGHT), torch.rand(4, len(PIECES))
+    scored = {k: train_small.Scored(-entropy, entropy, None, 0 * entropy + v) for v, k in enumerate(own)}
+    advantages, _, ends = credit.credit_by_method(config, None, None, roll, scored, roll.outcome())
+    for v, (name, x) in enumerate(own.items()):  # V is constant: all that surprises is the outcome
+        to_come = (ends["entropy"] if x.algo == "sapo" else roll.mask).flip(1).cumsum(1).flip(1) - 1
+        torch.testing.assert_close(advantages[name], x.lam**to_come * (roll.outcome()[:, None] - v))
+    for name, w in {"grpo": 1, "srpo": 2, "srpo, blank": 6, "srpo, blank, sign-aware": 7}.items():
+        expected = torch.tensor([[-w], [w], [0], [0]]).expand_as(entropy) / 2**0.5
+        torch.testing.assert_close(advantages[name], expected, rtol=1e-5, atol=0)
+    assert ends["newline"].nonzero()[:, 1].tolist() == [PIECES.index("\n"), len(PIECES) - 1] * 4
+
+
+def test_a_slip_is_blamed_found_and_drawn_with_a_line_for_each_method(monkeypatch):
+    advantages = torch.zeros(3, len(PIECES))
+    advantages[:, [AT["tens"], AT["ones"]]] = -1.0
+    advantages[2, AT["answer"]] = -4.0  # now the answer is blamed most, one of seven true statements
+    assert credit.blame(said(RIGHT), advantages) == (0, {})
+    n, found = credit.blame(said(SLIP, RIGHT, SLIP), advantages)
+    assert n == 2 and found == pytest.approx(dict(
+        auroc_tokens=1 - 1 / 2 / (len(PIECES) - 2), auroc_statements=1 - 1 / 2 / 7, top1_statements=1 / 2))
+    monkeypatch.setattr(credit, "GROUP", 2)
+    roll = said(SLIP, SLIP, LATE, RIGHT, MISREAD, RIGHT, SLIP, RIGHT)
+    i, slip = credit.one_slip(roll, roll.outcome())
+    assert (i, SLIP[slip.start : slip.end]) == (6, "13")
+    rows = {name: torch.linspace(-1, 1, len(PIECES)) for name in ("grpo", "sapo")}
+    figure = credit.draw_slip(PIECES, toy_env.tokens_of(slip, PIECES), rows, [True] * len(PIECES))
     assert [axis.get_ylabel() for axis in figure.axes] == ["GRPO", "SAPO"]
-    assert "".join(text.get_text() for text in figure.axes[1].texts) == "".join(
-        piece.strip(" ").replace("\n", "↵") for piece in roll.pieces[0])
-
-
-def test_a_trained_model_is_judged_with_each_methods_own_lambda(mini):
-    saved = train_small.complete(train_small.Config(model=str(mini), device="cpu"))
-    assert saved.lam == 0.99  # your own model: the paper's
-    found = {name: credit.settings_of(name, asdict(saved)) for name in credit.CRITICS}
-    assert {name: (x.lam, x.lam_returns) for name, x in found.items()} == {
-        "sapo": (0.9, None), "sapo, V at last": (0.9, None), "ppo": (0.95, None), "vc-ppo": (0.99, 1.0)}
+    assert [x.get_text() for x in figure.axes[1].texts] == [x.strip(" ").replace("\n", "↵") for x in PIECES]
 
 
 @pytest.mark.parametrize("algo", ["sapo", "grpo"])
