@@ -12,7 +12,6 @@ of these two shapes with random weights on a GPU. Never: their real weights.
 """
 
 import re
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -62,11 +62,9 @@ def toy_task(config) -> Task:
 
 def dataset_task(config, instruction: str, reward: Callable[[Problem, str], float],
                  make_check: Callable = lambda: id) -> Task:
-    """A data set with image(s), question or problem, and answer. ValueError: none to train on.
-
-    Another split than train is held out or, where there is none, a share of it. A row that cannot be read, or
-    for which what `make_check` returns raises, is named once, and skipped.
-    """
+    """A data set with image(s), question or problem, and answer. ValueError: none to train on. Another split
+    than train is held out or, where there is none, a share of it. A row that cannot be read, or that what
+    `make_check` returns refuses, is named once, and skipped."""
     name, prompts, held_out = config.dataset, config.responses // config.group, config.eval_problems
     try:
         splits = datasets.load_dataset(name)
@@ -79,7 +77,8 @@ def dataset_task(config, instruction: str, reward: Callable[[Problem, str], floa
     for part, names in itertools.product((rows, kept), COLUMNS):
         expect({*names} & {*part.column_names}, "dataset", name,
                f"a column {' or '.join(map(repr, names))} among {part.column_names}")
-    expect(None not in [*rows["answer"], *kept["answer"]], "dataset", name, "not an answer that is None")
+    answers = [*rows["answer"], *kept["answer"]]
+    expect(None not in answers, "dataset", name, "no row with an answer that is None")
     if len(rows) < prompts + held_out * (not other):
         raise ValueError(f"dataset is {name!r}, with {len(rows)} rows: expected at least {prompts}, for an "
                          f"iteration, and {held_out} to hold out if there is no other split")
@@ -108,8 +107,7 @@ def readable(rows, skipped: set[int], check: Callable = id, kind: str = "row") -
         if i in skipped:
             continue
         try:
-            row = rows[i]
-            problem = from_row(row | dict(answer=names(row["answer"])))
+            problem = from_row(dict(row := rows[i], answer=names(row["answer"])))
             check(problem)
         except Exception as error:  # of any kind: an image is decoded only here
             skipped.add(i)
@@ -130,13 +128,9 @@ def from_row(row: dict) -> Problem:
         answer = f"{answer:.15g}" if isinstance(answer, float) else str(answer)
     if not (isinstance(question, str) and isinstance(answer, str) and answer.strip()):
         raise ValueError(f"question, answer is {question!r:.50}, {answer!r:.50}: expected texts, or a number")
-    images, alone = tuple(map(opaque, images)), question.strip().removeprefix(MARK).strip()
+    images = tuple(Image.alpha_composite(Image.new("RGBA", x.size, "white"), x.convert("RGBA")).convert("RGB")
+                   for x in images)  # white shows through what is transparent
+    alone = question.strip().removeprefix(MARK).strip()
     if len(images) == 1 and MARK not in alone:
         return Problem(images[0], alone, answer.strip())
     return Problem(images, question.strip(), answer.strip())
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    """In RGB, on white where it is transparent."""
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

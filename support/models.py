@@ -5,6 +5,7 @@ three copies of a small model. `make_roles` lets the roles of a large one share 
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -16,8 +17,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sapo
 from support.run_folder import expect, first_line
-
-CRITICS = "a class with .model, for the critic to read (grpo, gspo and srpo have none)"
 
 
 # ------------------------------------------------------------------------------------------------------- load
@@ -50,15 +49,18 @@ def load_policy(name: str, device: str, dtype: torch.dtype = torch.float32) -> t
     return policy, processor
 
 
+def make_critic(policy, role: Callable) -> sapo.SegmentCritic:
+    """On the policy's pretrained backbone in a role, such as a copy, with a value head that starts at 0."""
+    expect(hasattr(policy, "model"), "model", type(policy).__name__,
+           "a class with .model, for the critic to read (grpo, gspo and srpo have none)")
+    return sapo.SegmentCritic(role(policy.model), policy.config.get_text_config().hidden_size)
+
+
 def load(config) -> tuple:
     """Policy, processor, and, for the methods that need them, critic and frozen reference (else None)."""
     policy, processor = load_policy(config.model, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef > 0 else None
-    critic = None
-    if config.critic:  # its own copy of the pretrained backbone, and a value head that starts at 0
-        expect(hasattr(policy, "model"), "model", type(policy).__name__, CRITICS)
-        hidden_size = policy.config.get_text_config().hidden_size
-        critic = sapo.SegmentCritic(copy.deepcopy(policy.model), hidden_size).to(config.device)
+    critic = make_critic(policy, copy.deepcopy).to(config.device) if config.critic else None
     return policy, processor, critic, reference
 
 
@@ -167,9 +169,6 @@ def make_roles(config, model) -> tuple:
         body = body if name == "policy" else copy.deepcopy(body, dict(frozen))
         return Role(config, body, body if name else body.requires_grad_(False))
 
-    policy, critic = role(model, "policy"), None
-    if config.critic:
-        expect(hasattr(model, "model"), "model", type(model).__name__, CRITICS)
-        hidden_size = model.config.get_text_config().hidden_size
-        critic = sapo.SegmentCritic(role(model.model, "critic"), hidden_size).to(policy.device)
+    policy = role(model, "policy")
+    critic = make_critic(model, lambda x: role(x, "critic")).to(policy.device) if config.critic else None
     return policy, critic, role(model, "") if config.kl_coef > 0 else None

@@ -13,7 +13,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import datasets
 import pytest
 import torch
 import transformers
@@ -345,22 +344,3 @@ def test_trains(family, algo, coin, tmp_path, monkeypatch):
     assert len(history) == 3 and all(row["grad_norm"] > 0 for row in history[1:])
     assert history[1]["first_ratio_deviation"] < 1e-4 and abs(history[1]["kl_to_start"]) < 1e-5
     assert history[2]["kl_to_start"] != 0 and (algo != "sapo" or history[2]["value_loss"] > 0)
-
-
-@pytest.mark.parametrize("family", ["llava"], indirect=True)
-def test_trains_on_the_columns_of_geometry3k(family, tmp_path, monkeypatch):
-    """A list of images of any size and mode, `<image>` in the problem, and a split that is held out."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    modes, drawn = ("RGB", "RGBA", "L", "P", "LA", "1", "CMYK"), many_sizes(22)
-    (tmp_path / "data").mkdir()
-    for name, part in {"train": range(16), "test": range(16, 22)}.items():
-        table = datasets.Dataset.from_dict(dict(
-            images=[[drawn[i].image.convert(modes[i % len(modes)])] for i in part],
-            problem=["<image>" + drawn[i].question for i in part], answer=[drawn[i].answer for i in part]))
-        table.to_parquet(tmp_path / "data" / f"{name}.parquet")
-    monkeypatch.setattr(real_vlm, "reward", lambda problem, text: float(len(text) % 2))
-    options = vars(small(family, algo="grpo", out=str(tmp_path / "run")))
-    run = real_vlm.begin(real_vlm.RealConfig(**options, dataset=str(tmp_path / "data")))
-    assert {p.question for p in run.task.held_out} <= {p.question for p in drawn[16:]}
-    history, _ = train_small.learn(run)
-    assert history[1]["first_ratio_deviation"] < 1e-4 and history[2]["kl_to_start"] != 0

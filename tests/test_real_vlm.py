@@ -1,6 +1,7 @@
-"""examples/real_vlm.py on a tiny LLaVA: one base in three roles, bfloat16, the judge of answers, the memory."""
+"""examples/real_vlm.py on a tiny LLaVA: one base in three roles, bfloat16, the reward, the memory."""
 
 import copy
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -11,10 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from test_models import FAMILIES, make_model, many_sizes
-from transformers.hf_argparser import HfArgumentParser
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-import sapo
 import train_small
 from examples import judge, real_vlm
 from support import models
@@ -30,10 +29,12 @@ def needs_peft():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model, and problems like Geometry3K's: a list of images, the image's place in the question."""
+    """A tiny model, and problems like Geometry3K's: a list of images, of any size and mode, the image's place
+    in the question."""
     folder = tmp_path_factory.mktemp("real")
     make_model(FAMILIES["llava"], folder / "model")
-    drawn = many_sizes(14)
+    modes = itertools.cycle(("RGB", "RGBA", "L", "P", "LA", "1", "CMYK"))
+    drawn = [replace(p, image=p.image.convert(mode)) for p, mode in zip(many_sizes(14), modes)]
     (folder / "data").mkdir()
     for name, part in {"train": drawn[:10], "test": drawn[10:]}.items():
         datasets.Dataset.from_dict(dict(
@@ -235,7 +236,7 @@ def test_answers_are_judged(monkeypatch, library):
     assert judge.same("x + 1", "1 + x") == library  # it knows algebra
 
 
-# ------------------------------------------------------------------------------------------ the memory estimate
+# ---------------------------------------------------------------------------------------- the memory estimate
 @pytest.mark.parametrize("changes", [
     dict(), dict(algo="grpo", kl_coef=0.0, responses=16), dict(lora=4, dtype="bfloat16"),
     dict(train_vision=True)])
