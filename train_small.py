@@ -153,11 +153,11 @@ def rollout(policy, processor, task: Task, problems: list[Problem], max_tokens: 
     sampled = [row[inputs["input_ids"].shape[1]:] for rows in parts(len(problems), micro_batch)
                for row in policy.generate(**take(inputs, rows, banned), generation_config=settings)]
     ids = pad_sequence(sampled, batch_first=True, padding_value=known.pad_token_id)  # (B, T)
-    is_eos = torch.isin(ids, torch.tensor(known.eos_token_id, device=ids.device))
+    is_eos = torch.isin(ids, eos := torch.tensor(known.eos_token_id, device=ids.device))
     mask = is_eos.cumsum(1) - is_eos.long() == 0  # by position, not by id: pad may be eos
     T = int(mask.sum(1).max())
     ids, mask, truncated = ids[:, :T], mask[:, :T], ~is_eos.any(1)
-    pieces, texts = read_tokens(processor.tokenizer, ids, mask, {*known.eos_token_id, known.pad_token_id})
+    pieces, texts = read_tokens(processor.tokenizer, ids, mask, {*eos.view(-1).tolist(), known.pad_token_id})
     return Rollout(task, problems, inputs, ids, mask, truncated, pieces, texts, banned)
 
 
@@ -323,9 +323,9 @@ def backward(config: Config, policy, critic, share: float, these: tuple, scored:
 
 def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollout, scored: Scored,
            credit: Credit, learn_policy: bool = True) -> dict[str, float]:
-    """`epochs` passes over the rollout in mini-batches, a step of each (model, optimizer) on each. -> metrics,
-    means; max_ratio_deviation the largest; first_ratio_deviation that of the first mini-batch, 0 up to
-    rounding. NotFinite is raised before the step that it would spoil."""
+    """`epochs` passes over the rollout in mini-batches, a step of each optimizer on each. -> metrics: means;
+    max_ratio_deviation the largest; first_ratio_deviation that of the first mini-batch, 0 up to rounding.
+    NotFinite is raised before the step that it would spoil."""
     B, steps, total = len(roll.ids), config.epochs * config.mini_batches, defaultdict(float)
     for _ in range(config.epochs):
         for mini in torch.randperm(B).to(roll.ids.device).split(B // config.mini_batches):

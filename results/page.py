@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a folder written by train_small.py --save")
     with run_folder.one_line("results.page", ValueError, OSError):
         folder = parser.parse_args().run
-        run_folder.expect((folder / "critic.pt").exists(), "RUN", str(folder), "a run with a critic, and --save")
+        run_folder.expect((folder / "critic.pt").exists(), "RUN", str(folder), "one with a critic, by --save")
         data = gather(folder)
         (folder / "credit.html").write_text(render(data), encoding="utf-8")
         print(f"{len(data['responses'])} responses: {folder / 'credit.html'}")

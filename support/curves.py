@@ -48,7 +48,7 @@ def explained_variance(values: torch.Tensor, outcome: torch.Tensor,
                        value_mask: torch.Tensor) -> tuple[float, float]:
     """Share of the outcome's variance that the critic explains: 1 - Var(R - V) / Var(R).
 
-    values (B, T); outcome R (B,); value_mask, bool (B, T), of sapo.segment_gae. -> over all states whose V was
+    values (B, T); outcome R (B,); value_mask, bool (B, T), of segment_gae. -> over all states whose V was
     read, and over the last of each response, where nearly all is decided. 1 is perfect, 0 as good as a
     constant; nan where all outcomes are the same.
 
