@@ -55,10 +55,9 @@ MAY_CHANGE = {"iterations", "device", "out", "resume"}  # where a run goes on
 RANGES = dict.fromkeys(("iterations", "mini_batches", "epochs", "eval_every"), (1, math.inf)) | dict(
     seed=(0, 2**32 - 1), micro_batch=(0, math.inf), critic_warmup=(0, math.inf),  # toy_env checks its own
     responses=(1, 10_000), eval_problems=(1, 10_000),  # all in memory, and an accuracy is known to 0.005
-    max_tokens=(2, 100_000),
-    lr=(1e-12, 1), critic_lr=(1e-12, 1), head_lr=(1e-12, 1), temperature=(0.01, 100), top_percent=(1, 100),
-    gamma=(0, 1), lam=(0, 1), lam_returns=(0, 1), kl_coef=(0, 100), clip_low=(0, 1), clip_high=(0, 100),
-    weight_temperature=(0.01, 100), weight_clip=(0.01, 0.99))
+    max_tokens=(2, 100_000), lr=(1e-12, 1), critic_lr=(1e-12, 1), head_lr=(1e-12, 1), temperature=(0.01, 100),
+    top_percent=(1, 100), gamma=(0, 1), lam=(0, 1), lam_returns=(0, 1), kl_coef=(0, 100), clip_low=(0, 1),
+    clip_high=(0, 100), weight_temperature=(0.01, 100), weight_clip=(0.01, 0.99))
 
 
 # ------------------------------------------------------------------------------------------------------ parse
