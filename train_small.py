@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -33,9 +34,9 @@ import srpo
 import toy_env
 from support import curves, options, run_folder
 from support.data import Task, take_prompts, toy_task
-from support.inputs import banned_ids, encode, full_inputs, read_tokens, take
-from support.models import load, make_optimizers, save
-from support.run_folder import NotFinite, check_finite
+from support.inputs import banned_ids, full_inputs, read_tokens, see, take
+from support.models import hidden_and_head, in_parts, load, make_optimizers, save
+from support.run_folder import NothingToLearn, NotFinite, check_finite
 from toy_env import Problem
 
 LOGITS = 2**25  # as many are turned to fp32 at a time: 128 MB
@@ -60,13 +61,13 @@ class Config(options.RunOptions):
 
     algo: Literal[tuple(ALGORITHMS)] = HfArg(default="sapo", help="the algorithm")
     responses: int = HfArg(default=128, help="responses per iteration (paper: 512)")
-    max_tokens: int | None = HfArg(default=None, help="longest response (tiny_vlm: by operands)")
+    max_tokens: int | None = HfArg(default=None, help="longest response (toy world: by operands)")
     temperature: float = HfArg(default=1.0, help="sampling temperature, also applied in scoring")
     segments: Literal[SEGMENTS] = HfArg(default="entropy", help="where SAPO's segments end (Table 3)")
     top_percent: float = HfArg(default=30.0, help="percentage of tokens that end a segment (paper: 30)")
     value_at: Literal["start", "last"] = HfArg(default="start", help="of a segment: V is read before it")
     gamma: float = HfArg(default=1.0, help="discount per segment (paper: 1)")
-    lam: float | None = HfArg(default=None, help="lambda of GAE (SAPO: 0.99, tiny_vlm: 0.9; PPO: 0.95)")
+    lam: float | None = HfArg(default=None, help="lambda of GAE (SAPO: 0.99, toy world: 0.9; PPO: 0.95)")
     lam_returns: float | None = HfArg(default=None, help="lambda of the returns, if another (VC-PPO: 1)")
     whiten: bool = HfArg(default=False, help="whiten advantages that come from a critic (official code)")
     kl_coef: float | None = HfArg(default=None, help="KL penalty (paper: reward 0.001; GRPO: loss 0.01)")
@@ -80,7 +81,7 @@ class Config(options.RunOptions):
     sign_aware: bool = HfArg(default=False, help="SRPO: turn weights around where the advantage is negative")
     epochs: int = HfArg(default=1, help="passes over the responses of an iteration (paper: 1)")
     mini_batches: int = HfArg(default=4, help="optimizer steps per epoch (paper: 4)")
-    micro_batch: int | None = HfArg(default=None, help="responses per forward pass; 0: all that there are")
+    micro_tokens: int | None = HfArg(default=None, help="tokens per forward pass; 0: all that there are")
     lr: float | None = HfArg(default=None, help="learning rate of the policy, falls linearly towards 0")
     critic_lr: float | None = HfArg(default=None, help="learning rate of the critic's pretrained part")
     head_lr: float | None = HfArg(default=None, help="learning rate of the critic's value head")
@@ -111,7 +112,8 @@ class Rollout(NamedTuple):
 
     task: Task
     problems: list[Problem]  # (B,), each problem `group` times in a row
-    inputs: dict[str, Tensor]  # the prompts as the model takes them, padded on the left
+    inputs: dict[str, Tensor]  # the distinct prompts as the model takes them, padded on the left
+    prompts: Tensor  # (B,) which of them
     ids: Tensor  # (B, T) sampled tokens
     mask: Tensor  # (B, T), 1 up to and including the end-of-sequence token
     truncated: Tensor  # (B,) no end-of-sequence token within max_tokens
@@ -129,36 +131,51 @@ class Rollout(NamedTuple):
         right = zip(self.outcome().tolist(), self.problems, self.texts)
         return [outcome == 1 and toy_env.faithful(p, text) for outcome, p, text in right]
 
-    def part(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Some rows as `score` and `value` take them: the prompts' inputs, the responses' ids and mask."""
-        return take(self.inputs, rows, self.image_ids), self.ids[rows], self.mask[rows]
+    def parts(self, rows: Tensor, tokens: int) -> list[Tensor]:
+        """These rows: all at once (0), or sorted by length, in parts of so many tokens with padding."""
+        if not tokens:
+            return [rows]
+        lengths = self.inputs["attention_mask"].sum(1)[self.prompts] + self.mask.sum(1)  # (B,)
+        parts = [[]]
+        for row in rows[lengths[rows].argsort(stable=True)].tolist():
+            if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > tokens:
+                parts.append([])
+            parts[-1].append(row)
+        return [rows.new_tensor(part) for part in parts]
 
-
-def parts(n: int, micro_batch: int) -> tuple[Tensor, ...]:
-    """The rows 0 … n - 1, as many at a time as fit in memory."""
-    return torch.arange(n).split(micro_batch or n)
+    def part(self, rows: Tensor, trim: bool, inputs: dict | None = None) -> tuple[dict, Tensor, Tensor]:
+        """Some rows as `score` and `value` take them: the prompts' inputs (or others, one a response), the
+        responses' ids and mask. trim: without the columns that are padding in all of them."""
+        T = int(self.mask[rows].sum(1).max()) if trim else self.ids.shape[1]
+        its = (self.inputs, self.prompts[rows]) if inputs is None else (inputs, rows)
+        return take(*its, self.image_ids, trim), self.ids[rows, :T], self.mask[rows, :T]
 
 
 @torch.no_grad()
 def rollout(policy, processor, task: Task, problems: list[Problem], max_tokens: int, temperature: float = 1.0,
-            top_p: float = 1.0, greedy: bool = False, micro_batch: int = 0) -> Rollout:
-    """Sample one response for each problem. For training, top_p must be 1: scoring knows of no cut-off."""
+            top_p: float = 1.0, greedy: bool = False, inputs: dict[str, Tensor] | None = None) -> Rollout:
+    """Sample one response for each problem. For training, top_p must be 1: scoring knows of no cut-off.
+    inputs: of the problems, if they were made before."""
     known, banned = policy.generation_config, banned_ids(policy)
-    images, questions = [p.image for p in problems], [p.question for p in problems]
-    inputs = encode(processor, task.instruction, images, questions, policy.device)
+    prompts = torch.arange(len(problems), device=policy.device)
+    if inputs is None:  # each distinct problem is encoded, and its picture seen, once
+        distinct = {id(p): p for p in problems}
+        prompts = prompts.new_tensor([[*distinct].index(id(p)) for p in problems])
+        inputs = see(policy, processor, task, [*distinct.values()])
     settings = transformers.GenerationConfig(
         max_new_tokens=max_tokens, eos_token_id=known.eos_token_id, pad_token_id=known.pad_token_id,
         suppress_tokens=banned or None, do_sample=not greedy,
         **({} if greedy else dict(temperature=temperature, top_p=top_p, top_k=0)))
-    sampled = [row[inputs["input_ids"].shape[1]:] for rows in parts(len(problems), micro_batch)
-               for row in policy.generate(**take(inputs, rows, banned), generation_config=settings)]
+    L = inputs["input_ids"].shape[1]
+    sample = lambda rows: policy.generate(**take(inputs, rows, banned), generation_config=settings)[:, L:]
+    sampled = [row for part in in_parts("sample", sample, prompts, len(prompts)) for row in part]
     ids = pad_sequence(sampled, batch_first=True, padding_value=known.pad_token_id)  # (B, T)
     is_eos = torch.isin(ids, eos := torch.tensor(known.eos_token_id, device=ids.device))
     mask = is_eos.cumsum(1) - is_eos.long() == 0  # by position, not by id: pad may be eos
     T = int(mask.sum(1).max())
     ids, mask, truncated = ids[:, :T], mask[:, :T], ~is_eos.any(1)
     pieces, texts = read_tokens(processor.tokenizer, ids, mask, {*eos.view(-1).tolist(), known.pad_token_id})
-    return Rollout(task, problems, inputs, ids, mask, truncated, pieces, texts, banned)
+    return Rollout(task, problems, inputs, prompts, ids, mask, truncated, pieces, texts, banned)
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -167,17 +184,17 @@ def score(model, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, temperatu
     """Log-probabilities (B, T) of the sampled tokens as they were sampled, at the same temperature, with the
     same ids banned, in fp32; and the entropy (B, T) behind them. `seen` (B, T): tokens to show instead."""
     whole, banned = full_inputs(inputs, ids if seen is None else seen, mask), banned_ids(model)
-    logits = model(**whole, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits[:, :-1]  # (B, T, V)
+    hidden, head = hidden_and_head(model, **whole, logits_to_keep=ids.shape[1] + 1, use_cache=False)
 
-    def read(logits, ids):
-        logits = logits.float() / temperature
+    def read(hidden, ids):
+        logits = head(hidden).float() / temperature  # (B, t, V)
         logits[..., banned] = -torch.inf
         return logits.gather(2, ids[..., None])[..., 0] - logits.logsumexp(2), sapo.token_entropy(logits)
 
-    size = max(1, LOGITS // (len(ids) * logits.shape[2]))  # tokens at a time, (B, T) a piece
-    pieces = [checkpoint(read, *piece, use_reentrant=False, preserve_rng_state=False)  # one alive in fp32
-              for piece in zip(logits.split(size, 1), ids.split(size, 1))]
-    return tuple(torch.cat(column, 1) for column in zip(*pieces))
+    size = max(1, LOGITS // (len(ids) * model.config.get_text_config().vocab_size))  # tokens a response
+    pieces = zip(hidden.split(size, 1), pad(ids, (0, 1)).split(size, 1))  # logits of one are in memory
+    columns = [checkpoint(read, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return tuple(torch.cat(column, 1)[:, :-1] for column in zip(*columns))  # nothing follows the last token
 
 
 def value(critic: sapo.SegmentCritic, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
@@ -194,17 +211,43 @@ class Scored(NamedTuple):
     values: Tensor | None = None
 
 
+class Plan(NamedTuple):
+    """The random choices of an iteration, made before scoring: the update passes the same parts through the
+    policy, so that the ratio is 1 before the first step in bfloat16 too, where rounding hangs on shapes."""
+
+    seed: int  # of SRPO's corruption
+    scored: list[Tensor]  # rows in parts that fit in memory, for passes without gradients
+    mini_batches: list[list[Tensor]]  # of all epochs: each in parts
+
+
+def draw_plan(config: Config, roll: Rollout) -> Plan:
+    B, steps = len(roll.ids), config.mini_batches
+    seed = int(torch.randint(2**31, ())) if config.algo == "srpo" else 0  # other patches in each iteration
+    minis = [roll.parts(rows, config.micro_tokens) for _ in range(config.epochs)
+             for rows in torch.randperm(B).to(roll.ids.device).split(B // steps)]
+    first = [rows for mini in minis[:steps] for rows in mini]
+    return Plan(seed, first if config.micro_tokens else [torch.arange(B, device=roll.ids.device)], minis)
+
+
+def in_order(parts: Sequence[Tensor], rows: list[Tensor], T: int) -> Tensor:
+    """(B, T) of parts (b, t), which are of these rows."""
+    whole = torch.cat([pad(part, (0, T - part.shape[1])) for part in parts])
+    return whole[torch.cat(rows).argsort()]
+
+
 @torch.no_grad()
-def score_all(config: Config, policy, reference, critic, roll: Rollout) -> Scored:
+def score_all(config: Config, policy, reference, critic, roll: Rollout, plan: Plan | None = None) -> Scored:
     """The policy's log-probabilities and entropy, the reference's log-probabilities, the critic's values."""
-    scored = []
-    for rows in parts(len(roll.ids), config.micro_batch):
-        these = roll.part(rows)
+    everyone = torch.arange(len(roll.ids), device=roll.ids.device)
+    parts, scored = plan.scored if plan else roll.parts(everyone, config.micro_tokens), []
+    for rows in parts:
+        these = roll.part(rows, config.micro_tokens > 0)
         log_probs, entropy = score(policy, *these, config.temperature)
         ref_log_probs = score(reference, *these, config.temperature)[0] if reference else None
         values = value(critic, *these) if critic else None
         scored.append((log_probs, entropy, ref_log_probs, values))
-    return Scored(*(None if column[0] is None else torch.cat(column) for column in zip(*scored)))
+    T = roll.ids.shape[1]
+    return Scored(*(None if column[0] is None else in_order(column, parts, T) for column in zip(*scored)))
 
 
 # ------------------------------------------------------------------- credit: where the algorithms differ most
@@ -233,28 +276,29 @@ def segment_ends(config: Config, roll: Rollout, scored: Scored) -> Tensor:
 
 
 @torch.no_grad()
-def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored,
-                advantages: Tensor) -> tuple[Tensor, Tensor]:
+def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored, advantages: Tensor,
+                plan: Plan) -> tuple[Tensor, Tensor]:
     """SRPO's weights: the policy scores its tokens again, without image or without perception; and the tokens
     that have a role. Both (B, T)."""
     problems, ids, mask = roll.problems, roll.ids, roll.mask
-    seed = int(torch.randint(2**31, ()))  # other patches in each iteration
-    corrupt = lambda image, i: srpo.corrupt_image(image, config.corruption, patch=PATCH, seed=seed + i)
+    corrupt = lambda image, i: srpo.corrupt_image(image, config.corruption, patch=PATCH, seed=plan.seed + i)
     images = [tuple(corrupt(x, i) for x in p.image) if isinstance(p.image, tuple) else corrupt(p.image, i)
-              for i, p in enumerate(problems)]
-    corrupted = encode(processor, roll.task.instruction, images, [p.question for p in problems], ids.device)
+              for i, p in enumerate(problems)]  # one a response: those of a group differ
+    corrupted = see(policy, processor, roll.task, problems, images)
     perception, reasoning = srpo.split_roles(roll.pieces, mask)
 
     def contrast(inputs, seen):
-        other = [score(policy, take(inputs, rows, roll.image_ids), ids[rows], mask[rows], config.temperature,
-                       seen[rows])[0] for rows in parts(len(ids), config.micro_batch)]
-        return srpo.contrast(scored.log_probs, torch.cat(other), mask)  # (S2), (B, T)
+        parts = [roll.part(rows, config.micro_tokens > 0, inputs) for rows in plan.scored]
+        shown = [seen[rows, :its.shape[1]] for rows, (_, its, _) in zip(plan.scored, parts)]
+        other = [score(policy, *part, config.temperature, its)[0] for part, its in zip(parts, shown)]
+        other = in_order(other, plan.scored, ids.shape[1])
+        return srpo.contrast(scored.log_probs, other, mask)  # (S2), (B, T)
 
     on_image = contrast(corrupted, ids)
     on_perception = -on_image
     if config.contrast == "blank":
-        pad = policy.generation_config.pad_token_id
-        on_perception = contrast(roll.inputs, srpo.blank_perception(ids, perception, pad))
+        pad_id = policy.generation_config.pad_token_id
+        on_perception = contrast(None, srpo.blank_perception(ids, perception, pad_id))
     contrasts = torch.where(perception, on_image, on_perception)
     sign = advantages if config.sign_aware else None
     weights = srpo.role_weights(contrasts, perception, reasoning, config.weight_temperature,
@@ -262,9 +306,9 @@ def weigh_roles(config: Config, policy, processor, roll: Rollout, scored: Scored
     return weights, perception | reasoning
 
 
-def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scored,
-                  outcome: Tensor) -> Credit:
-    """Each algorithm's advantages; for those with a critic also its targets. outcome (B,) -> Credit."""
+def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scored, outcome: Tensor,
+                  plan: Plan | None = None) -> Credit:
+    """Each algorithm's advantages; for those with a critic also its targets. outcome (B,); plan: for SRPO."""
     mask = roll.mask
     check_finite(reward=outcome, **{k: x[mask] for k, x in scored._asdict().items() if x is not None})
     if config.critic:  # SAPO, PPO, VC-PPO: GAE over segments
@@ -279,7 +323,7 @@ def assign_credit(config: Config, policy, processor, roll: Rollout, scored: Scor
     advantages = srpo.group_advantages(outcome, config.group)  # GRPO, GSPO, SRPO: (B,)
     weights, roles = mask.float(), None
     if config.algo == "srpo":
-        weights, roles = weigh_roles(config, policy, processor, roll, scored, advantages)
+        weights, roles = weigh_roles(config, policy, processor, roll, scored, advantages, plan)
     ends = sapo.ends_once(mask) if config.algo == "gspo" else sapo.ends_every_token(mask)
     return Credit(ends, srpo.srpo_advantages(advantages, weights), roles=roles)
 
@@ -295,9 +339,9 @@ def policy_objective(config: Config, log_probs: Tensor, scored: Scored, credit: 
     return sapo.policy_loss(log_probs, scored.log_probs, credit.advantages, credit.ends, mask, **clips)
 
 
-def some(table: NamedTuple, rows: Tensor) -> NamedTuple:
-    """Some rows of a Scored or a Credit."""
-    return table._replace(**{name: x[rows] for name, x in table._asdict().items() if x is not None})
+def some(table: NamedTuple, rows: Tensor, T: int) -> NamedTuple:
+    """Some rows of a Scored or a Credit, and their first T tokens."""
+    return table._replace(**{name: x[rows, :T] for name, x in table._asdict().items() if x is not None})
 
 
 def backward(config: Config, policy, critic, share: float, these: tuple, scored: Scored,
@@ -322,31 +366,32 @@ def backward(config: Config, policy, critic, share: float, these: tuple, scored:
 
 
 def update(config: Config, policy, critic, optimizers: list[tuple], roll: Rollout, scored: Scored,
-           credit: Credit, learn_policy: bool = True) -> dict[str, float]:
-    """`epochs` passes over the rollout in mini-batches, a step of each optimizer on each. -> metrics: means;
+           credit: Credit, plan: Plan, learn_policy: bool = True) -> dict[str, float]:
+    """A step of each optimizer on each mini-batch, of `epochs` passes over the rollout. -> metrics: means;
     max_ratio_deviation the largest; first_ratio_deviation that of the first mini-batch, 0 up to rounding.
     NotFinite is raised before the step that it would spoil."""
-    B, steps, total = len(roll.ids), config.epochs * config.mini_batches, defaultdict(float)
-    for _ in range(config.epochs):
-        for mini in torch.randperm(B).to(roll.ids.device).split(B // config.mini_batches):
-            for rows in mini.split(config.micro_batch or len(mini)):
-                share = len(rows) / len(mini)  # losses are means over responses, none is empty: shares add up
-                metrics = backward(config, policy if learn_policy else None, critic, share, roll.part(rows),
-                                   some(scored, rows), some(credit, rows))
-                if learn_policy:
-                    largest = float(metrics.pop("max_ratio_deviation"))
-                    total["max_ratio_deviation"] = max(total["max_ratio_deviation"], largest)
-                for name, x in metrics.items():
-                    total[name] += share * float(x) / steps
-            norms = [float(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)) for m, _ in optimizers]
-            check_finite(grad_norm=torch.tensor(norms))
-            for model, optimizer in optimizers:
-                if model is critic or learn_policy:
-                    optimizer.step()
-                optimizer.zero_grad()
+    total = defaultdict(float)
+    for mini in plan.mini_batches:
+        for rows in mini:
+            share = len(rows) / sum(map(len, mini))  # losses are means over responses, so shares add up
+            these = roll.part(rows, config.micro_tokens > 0)
+            T = these[1].shape[1]
+            metrics = backward(config, policy if learn_policy else None, critic, share, these,
+                               some(scored, rows, T), some(credit, rows, T))
             if learn_policy:
-                total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
-                total["grad_norm"] += norms[0] / steps
+                largest = float(metrics.pop("max_ratio_deviation"))
+                total["max_ratio_deviation"] = max(total["max_ratio_deviation"], largest)
+            for name, x in metrics.items():
+                total[name] += share * float(x) / len(plan.mini_batches)
+        norms = [float(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)) for m, _ in optimizers]
+        check_finite(grad_norm=torch.tensor(norms))
+        for model, optimizer in optimizers:
+            if model is critic or learn_policy:
+                optimizer.step()
+            optimizer.zero_grad()
+        if learn_policy:
+            total.setdefault("first_ratio_deviation", total["max_ratio_deviation"])
+            total["grad_norm"] += norms[0] / len(plan.mini_batches)
     return dict(total)
 
 
@@ -362,32 +407,33 @@ class Run(NamedTuple):
     critic: sapo.SegmentCritic | None
     reference: torch.nn.Module | None
     optimizers: list[tuple]
+    held_out: dict[str, Tensor]  # the inputs of task.held_out
     state: dict | None
 
 
 def step(run: Run, i: int) -> tuple[Rollout, Scored, Credit, dict[str, float]]:
     """Iteration i of the algorithm, on B responses of up to T tokens. -> what it made of them, metrics."""
-    config, task, policy, processor, critic, reference, optimizers, _ = run
+    config, task, policy, processor, critic, reference, optimizers, *_ = run
     problems = take_prompts(config, task)  # x, (B,)
-    roll = rollout(policy, processor, task, problems, config.max_tokens, config.temperature,
-                   micro_batch=config.micro_batch)  # y ~ pi_old(. | x): ids and mask, (B, T)
-    outcome = roll.outcome()  # r(x, y), (B,)
-    scored = score_all(config, policy, reference, critic, roll)  # log pi_old, H, log pi_ref, V: (B, T)
-    credit = assign_credit(config, policy, processor, roll, scored, outcome)  # ends, A, R: (B, T)
-    metrics = update(config, policy, critic, optimizers, roll, scored, credit, learn_policy=i > config.warmup)
+    roll = rollout(policy, processor, task, problems, config.max_tokens,
+                   config.temperature)  # y ~ pi_old(. | x): ids and mask, (B, T)
+    outcome, plan = roll.outcome(), draw_plan(config, roll)  # r(x, y), (B,); mini-batches of rows
+    scored = score_all(config, policy, reference, critic, roll, plan)  # log pi_old, H, log pi_ref, V: (B, T)
+    credit = assign_credit(config, policy, processor, roll, scored, outcome, plan)  # ends, A, R: (B, T)
+    metrics = update(config, policy, critic, optimizers, roll, scored, credit, plan, i > config.warmup)
     return roll, scored, credit, curves.describe(roll, scored, credit, outcome) | metrics
 
 
 # --------------------------------------------------------------------------------------------------- evaluate
-def evaluate(config: Config, policy, processor, task: Task) -> tuple[dict[str, float], Rollout]:
+def evaluate(config: Config, policy, processor, task: Task,
+             inputs: dict[str, Tensor] | None = None) -> tuple[dict[str, float], Rollout]:
     """Accuracy on held-out problems: greedy, sampled at T = 1, and sampled as in the paper; at T = 1 also
     faithfulness, perception and the rollout. With its own random stream, it changes nothing in training."""
     modes = {"greedy": dict(greedy=True), "paper": dict(temperature=0.6, top_p=0.95), "sampled": {}}
     result, outside = {}, run_folder.random_numbers()
     torch.manual_seed(0)
     for name, mode in modes.items():
-        roll = rollout(policy, processor, task, task.held_out, config.max_tokens, **mode,
-                       micro_batch=config.micro_batch)
+        roll = rollout(policy, processor, task, task.held_out, config.max_tokens, **mode, inputs=inputs)
         right = roll.outcome() > 0.5  # less may be had for the format
         result[f"accuracy_{name}"] = float(right.float().mean())
     run_folder.random_numbers(outside)
@@ -410,7 +456,8 @@ def prepare(config: Config, make_task: Callable = toy_task, load_models: Callabl
         run_folder.expect(config.iterations >= least, "iterations", config.iterations, f"{least} or more")
     torch.manual_seed(config.seed)
     task, models = make_task(config), load_models(config)
-    run = Run(config, task, *models, make_optimizers(config, models[0], models[2]), state)
+    held_out = see(*models[:2], task, task.held_out)
+    run = Run(config, task, *models, make_optimizers(config, models[0], models[2]), held_out, state)
     for _ in range(state["iteration"] if state else 0):
         take_prompts(config, task)
     run_folder.begin(run)
@@ -432,7 +479,7 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
     if state:
         i, before, after, history = (state[name] for name in ("iteration", "before", "after", "history"))
     else:
-        evaluation, roll = evaluate(config, run.policy, run.processor, run.task)
+        evaluation, roll = evaluate(config, run.policy, run.processor, run.task, run.held_out)
         i, before, after = 0, roll.texts, roll.texts
         history = [run_folder.log(out, dict(iteration=0, responses=0, seconds=0.0, **evaluation))]
         keep()
@@ -443,7 +490,7 @@ def learn(run: Run, on_iteration: Callable | None = None, stop: Callable = lambd
             run.optimizers[0][1].param_groups[0]["lr"] = config.lr * left  # falls linearly towards 0
             *made, found = run_folder.guarded(step, run, i)
             if evaluates := i % config.eval_every == 0 or i == config.iterations:
-                evaluation, roll = evaluate(config, run.policy, run.processor, run.task)
+                evaluation, roll = evaluate(config, run.policy, run.processor, run.task, run.held_out)
                 after, found = roll.texts, found | evaluation
             if on_iteration and made:
                 found |= on_iteration(i, run.policy, run.critic, *made) or {}
@@ -467,8 +514,8 @@ def main(name: str = "train_small.py", kind: type = Config, begin: Callable = pr
     transformers.utils.logging.disable_progress_bar()
     with run_folder.one_line(name, ValueError, OSError):
         run = begin(options.parse_arguments(kind, description))
-    again = dict(go_on=run.config.out, micro_batch=run.config.micro_batch)
-    with run_folder.one_line(name, NotFinite, OSError, status=1, **again):
+    again = dict(go_on=run.config.out, micro_tokens=run.config.micro_tokens)
+    with run_folder.one_line(name, NotFinite, NothingToLearn, OSError, status=1, **again):
         history, texts = learn(run)
         if run.config.save:
             save(run)

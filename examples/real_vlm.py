@@ -2,21 +2,20 @@
 
     pip install torchvision num2words math-verify peft  # SmolVLM needs the first two; the judge; --lora
     python -m examples.real_vlm --model HuggingFaceTB/SmolVLM-256M-Instruct --dataset hiyouga/geometry3k
-    python -m examples.real_vlm --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k \\
-        --lora 16 --dtype bfloat16 --checkpointing
+    python -m examples.real_vlm --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k --lora 16
 
 With --memory it prints an estimate of the memory that the run needs, and loads no weights. train_small.py's
-options hold. It is also how to bring your own: data and reward make a Task, `load` makes the models, and
-train_small.prepare takes both. Ran (tests/test_real_vlm.py): tiny models on a CPU. By hand: steps of models
-of these two shapes with random weights on a GPU. Never: their real weights.
+options hold. It is also how to bring your own: data and reward make a Task, which train_small.prepare takes.
+Ran (tests/test_real_vlm.py): tiny models on a CPU. By hand: steps of models of these two shapes with random
+weights on a GPU. Never: their real weights.
 """
 
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from statistics import fmean
 
 import numpy
 import torch
@@ -28,7 +27,8 @@ import toy_env
 import train_small
 from examples import judge
 from support import models
-from support.data import Task, dataset_task
+from examples.own_data import dataset_task
+from support.data import Task
 from support.inputs import encode, write_prompt
 from support.run_folder import first_line
 
@@ -37,39 +37,28 @@ INSTRUCTION = (
     "step inside <think></think>, and give the final answer alone inside <answer></answer>."
 )  # srpo.py tells perception from reasoning by these tags
 
-
 @dataclass
 class RealConfig(train_small.Config):
-    """train_small's options with other defaults, and those of a model that is large for its GPU."""
+    """train_small's options with other defaults, and those of a data set."""
 
     model: str = HfArg(default="HuggingFaceTB/SmolVLM-256M-Instruct", help="folder or hub name")
     dataset: str = HfArg(default="hiyouga/geometry3k", help="folder or name for load_dataset, with image(s), "
                                                             "question or problem, and answer")
     max_tokens: int | None = HfArg(default=1024, help="longest response (paper: 2048)")
     eval_problems: int = HfArg(default=64, help="held-out problems per evaluation")
-    dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="of passes, and of a frozen base")
-    lora: int = HfArg(default=0, help="rank of adapters on a frozen base; 0: train all weights")
-    checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass")
-    train_vision: bool = HfArg(default=False, help="train the vision tower too")
     memory: bool = HfArg(default=False, help="print an estimate of the memory that is needed, and stop")
     prompt_tokens: int = HfArg(default=1024, help="of a prompt with its image, for --memory")
-
-
-def complete(config: RealConfig) -> RealConfig:
-    """As train_small.complete: the paper's rates. Adapters get a higher one (ours)."""
-    if config.lora < 0:
-        raise ValueError(f"lora is {config.lora}: expected a rank of 1 or more, or 0 to train all weights")
-    if config.lora and config.train_vision:
-        raise ValueError("train_vision is True: expected False with lora, which adapts the language model")
-    rates = {name: 1e-5 for name in ("lr", "critic_lr", "head_lr") if getattr(config, name) is None}
-    return train_small.complete(replace(config, **rates) if config.lora else config)
+    patches: int = HfArg(default=16384, help="of an image with its tiles in the vision tower, for --memory")
 
 
 def reward(problem: toy_env.Problem, response: str) -> float:
-    """0.9 for the right answer; 0.1 for the format, or nothing would teach the tags to who never saw them."""
+    """0.9 for the right answer; up to 0.1 for the format, a share for each tag in place: a model that does
+    not know the six would never find all of them at once."""
     found = judge.stated_answer(response)
     right = found is not None and judge.same(problem.answer, found)
-    return 0.9 * right + 0.1 * (toy_env.parse(response) is not None)
+    places = [response.find(tag) if response.count(tag) == 1 else -1 for tag in srpo.TAGS]
+    in_place = [place > max([-1, *places[:i]]) for i, place in enumerate(places)]
+    return 0.9 * right + 0.1 * fmean(in_place)
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -97,8 +86,8 @@ def one_layer(config: RealConfig, decoder, tokens: int) -> tuple[int, int]:
 
 def estimate_memory(config: RealConfig) -> dict[str, float]:
     """Bytes on the GPU. Counted, on the model without weights: weights, gradients, AdamW. Estimated: copies,
-    activations and cache, from one layer on 16, 32 and 64 tokens (a parabola); logits, as three times their
-    size in a backward pass and four pieces in fp32. Not: the vision tower's activations, CUDA, fragments."""
+    activations and cache, from one layer on 16, 32 and 64 tokens (a parabola); logits, as six pieces in fp32;
+    the look of a frozen tower at eight prompts. Not: a trained tower's activations, CUDA, fragments."""
     settings = transformers.AutoConfig.from_pretrained(config.model)
     text, dtype = settings.get_text_config(), models.base_dtype(config)
     with torch.device("meta"):
@@ -110,22 +99,28 @@ def estimate_memory(config: RealConfig) -> dict[str, float]:
     rows = {"weights": sum(size for i, size in whole.items() if i not in own), "gradients": sum(step),
             "AdamW": 2 * sum(step), "reference": sum(size for i, size in other.items() if i not in whole),
             "critic's weights": sum(own.values())}
-    B, T, layers = config.micro_batch or config.responses, config.max_tokens, text.num_hidden_layers
-    L = config.prompt_tokens + T
+    B, T, layers = config.responses, config.max_tokens, text.num_hidden_layers
+    L, H = config.prompt_tokens + T, text.hidden_size
+    b = max(1, config.micro_tokens // L) if config.micro_tokens else B  # responses in a pass
+    size = 2 if config.dtype == "bfloat16" else 4
     policy.put_on()
     decoder = model.get_decoder()
     decoder.layers = decoder.layers[:1]
     decoder.to_empty(device="cpu")
     kept, cached = zip(*(one_layer(config, decoder, n) for n in (16, 32, 64)))
     square, slope, copies = numpy.polyfit((16, 32, 64), kept, 2)
-    activations = B * L * (square * L + slope)  # of a layer
-    logits = B * (T + 1) * text.vocab_size
-    rows |= {"copies of weights": max(0.0, layers * copies), "KV cache": layers * B * L * cached[0] / 16,
-             "logits": 3 * logits * (2 if config.dtype == "bfloat16" else 4)
-             + 16 * min(logits, train_small.LOGITS),
-             "activations": layers * B * L * text.hidden_size * dtype.itemsize + activations
+    activations = b * L * (square * L + slope)  # of a layer
+    vision = getattr(settings, "vision_config", None)
+    wide = 4 * vision.hidden_size + 2 * getattr(vision, "intermediate_size", 4 * vision.hidden_size)
+    rows |= {"copies of weights": max(0.0, layers * copies),
+             "sampling: KV cache, inputs":
+             B * (layers * L * cached[0] / 16 + config.prompt_tokens * H * size),
+             "looking at eight prompts": 0 if config.train_vision else 8 * config.patches * wide * size,
+             "logits": 24 * min(b * (T + 1) * text.vocab_size, train_small.LOGITS),
+             "activations": layers * b * L * H * dtype.itemsize + activations
              if config.checkpointing else layers * activations}
-    using = rows["copies of weights"] + max(rows["KV cache"], rows["logits"] + rows["activations"])
+    sampling, looking, logits, activations = [*rows.values()][-4:]
+    using = rows["copies of weights"] + max(sampling, looking, logits + activations)
     return rows | {"total, at the worst moment": sum([*rows.values()][:5]) + max(using, *step)}
 
 
@@ -134,18 +129,13 @@ def print_memory(config: RealConfig) -> None:
         print(f"{name:28}{size / 1e9:8.2f} GB")
     there = torch.cuda.is_available()
     room = torch.cuda.mem_get_info()[0] if there else 24e9
+    if config.train_vision:
+        print("without the activations of the vision tower, which is trained")
     print(f"{'fits' if size < room else 'does not fit'} the {room / 1e9:.1f} GB "
           f"{'free on this GPU' if there else 'of a GPU of 24 GB (there is none here)'}")
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def load(config: RealConfig) -> tuple:
-    """Policy, processor, critic and reference, as train_small.load."""
-    model, processor = models.load_policy(config.model, config.device, models.base_dtype(config))
-    policy, critic, reference = models.make_roles(config, model)
-    return policy, processor, critic, reference
-
-
 def make_check(config: RealConfig) -> Callable:
     """-> what raises for a problem that the model's processor refuses, such as a picture of 2000 × 4."""
     try:
@@ -167,11 +157,11 @@ def make_task(config: RealConfig) -> Task:
 
 
 def begin(config: RealConfig) -> train_small.Run:
-    config = complete(config)
+    config = train_small.complete(config)
     if config.memory:
         print_memory(config)
         sys.exit()
-    return train_small.prepare(config, make_task, load)
+    return train_small.prepare(config, make_task)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def bench(config: train_small.Config, repeats: int = 5) -> dict[str, float]:
         taken[name].append(time.perf_counter() - start)
         return result
 
-    def algorithm(roll, scored, outcome):
+    def algorithm(roll, scored, outcome, plan):
         """All that the algorithm adds to model and optimizer: credit, losses, and their gradients."""
-        credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome)
+        credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome, plan)
         log_probs = scored.log_probs.clone().requires_grad_()
         train_small.policy_objective(config, log_probs, scored, credit, roll.mask)[0].backward()
         if critic:
@@ -57,15 +57,15 @@ def bench(config: train_small.Config, repeats: int = 5) -> dict[str, float]:
         problems = train_small.take_prompts(config, task)
         roll = timed("sampling", train_small.rollout, policy, processor, task, problems,
                      config.max_tokens)
-        outcome = timed("outcome", roll.outcome)
-        inputs = train_small.take(roll.inputs, torch.arange(len(roll.ids)))
-        timed("scoring", train_small.score_all, config, policy, reference, None, roll)
+        outcome, plan = timed("outcome", roll.outcome), train_small.draw_plan(config, roll)
+        inputs = train_small.take(roll.inputs, roll.prompts, roll.image_ids)
+        timed("scoring", train_small.score_all, config, policy, reference, None, roll, plan)
         if critic:
             with torch.no_grad():
                 timed("critic", train_small.value, critic, inputs, roll.ids, roll.mask)
-        scored = train_small.score_all(config, policy, reference, critic, roll)
-        credit = timed("algorithm", algorithm, roll, scored, outcome)
-        timed("update", train_small.update, config, policy, critic, optimizers, roll, scored, credit)
+        scored = train_small.score_all(config, policy, reference, critic, roll, plan)
+        credit = timed("algorithm", algorithm, roll, scored, outcome, plan)
+        timed("update", train_small.update, config, policy, critic, optimizers, roll, scored, credit, plan)
         T, banned = roll.ids.shape[1], train_small.banned_ids(policy) or None
         settings = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T, suppress_tokens=banned)
         timed("bare generate", policy.generate, **inputs, **settings)

@@ -63,14 +63,14 @@ def blame(roll: train_small.Rollout, advantages: torch.Tensor) -> tuple[int, dic
 @torch.no_grad()
 def monte_carlo(policy, processor, roll: train_small.Rollout, row: int, t: int, max_tokens: int) -> float:
     """The mean outcome of CONTINUATIONS samples after the first t tokens of a response."""
-    prompt = train_small.take(roll.inputs, torch.tensor([row]))
+    prompt = train_small.take(roll.inputs, roll.prompts[[row]])
     prefix = roll.ids[row : row + 1, :t]
     inputs = train_small.full_inputs(prompt, prefix, torch.ones_like(prefix))
     inputs = {k: x.repeat(CONTINUATIONS, *[1] * (x.dim() - 1)) for k, x in inputs.items()}
     settings = dict(do_sample=True, top_k=0, suppress_tokens=train_small.banned_ids(policy) or None)
     ids = policy.generate(**inputs, **settings, max_new_tokens=max_tokens - t)
     responses = ids[:, prompt["input_ids"].shape[1] :]
-    texts = processor.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    _, texts = train_small.read_tokens(processor.tokenizer, responses, torch.ones_like(responses).bool())
     return fmean(toy_env.reward(roll.problems[row], text) for text in texts)
 
 
@@ -144,12 +144,13 @@ def measure(options: dict) -> dict:
         with torch.random.fork_rng():  # measuring changes nothing in training
             torch.manual_seed(1000 * seed + i)
             for other, its_critic, optimizers in others.values():
-                inputs = train_small.take(roll.inputs, torch.arange(len(roll.ids)))
+                inputs = train_small.take(roll.inputs, roll.prompts)
                 with torch.no_grad():
                     values = train_small.value(its_critic, inputs, roll.ids, roll.mask)
                 its = scored._replace(values=values)
                 aims = train_small.assign_credit(other, policy, processor, roll, its, roll.outcome())
-                train_small.update(other, policy, its_critic, optimizers, roll, its, aims, learn_policy=False)
+                train_small.update(other, policy, its_critic, optimizers, roll, its, aims,
+                                   train_small.draw_plan(other, roll), learn_policy=False)
             if i in CHECKPOINTS:
                 critics = {"sapo": critic} | {name: its_critic for name, (_, its_critic, _) in others.items()}
                 problems = held_out[CHECKPOINTS.index(i) * PROMPTS :][:PROMPTS]

@@ -60,18 +60,17 @@ def sample(config, policy, processor, critic, later, problems: list) -> tuple[tr
     blanked = srpo.blank_perception(roll.ids, perception, policy.generation_config.pad_token_id)
     images = [srpo.corrupt_image(p.image, config.corruption, patch=train_small.PATCH, seed=i)
               for i, p in enumerate(problems)]
-    questions = [p.question for p in problems]
-    corrupted = train_small.encode(processor, task.instruction, images, questions, roll.ids.device)
+    corrupted = train_small.see(policy, processor, task, problems, images)
 
-    def score(model, inputs, seen=roll.ids):
-        inputs = train_small.take(inputs, torch.arange(len(problems)))
-        return train_small.score(model, inputs, roll.ids, roll.mask, config.temperature, seen)[0]
+    def score(model, inputs=None, seen=roll.ids):
+        its, ids, mask = roll.part(torch.arange(len(problems)), False, inputs)
+        return train_small.score(model, its, ids, mask, config.temperature, seen)[0]
 
     return roll, dict(
         entropy=scored.entropy, values=scored.values, old_log_probs=scored.log_probs,
-        log_probs=score(later, roll.inputs), perception=perception, reasoning=reasoning,
+        log_probs=score(later), perception=perception, reasoning=reasoning,
         on_image=srpo.contrast(scored.log_probs, score(policy, corrupted), roll.mask),
-        on_perception=srpo.contrast(scored.log_probs, score(policy, roll.inputs, blanked), roll.mask))
+        on_perception=srpo.contrast(scored.log_probs, score(policy, seen=blanked), roll.mask))
 
 
 def kind_of(problem: toy_env.Problem, text: str, outcome: float) -> str | None:

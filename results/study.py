@@ -79,7 +79,7 @@ def setting(algo: str, **options) -> dict:
     if "openings" in options and algo in OWN_LAMBDA:
         base |= dict(lam=OWN_LAMBDA[algo])
     if options.get("model") in MADE:
-        base |= dict(max_tokens=16 * options.get("operands", SETTING["operands"]) + 40, micro_batch=0)
+        base |= dict(max_tokens=16 * options.get("operands", SETTING["operands"]) + 40)
         if algo in OWN_LAMBDA:
             base |= dict(lam=OWN_LAMBDA[algo], critic_lr=5e-5, head_lr=2e-3)
     return base | {k: v for k, v in options.items() if k in base or v != getattr(train_small.Config, k)}
@@ -274,7 +274,7 @@ def train_once(options: dict) -> dict:
         raise FileNotFoundError(f"{model} is missing: {MADE[model]}")
     start = time.time()
     with tempfile.TemporaryDirectory() as out:
-        run = train_small.prepare(train_small.Config(**options, out=out))
+        run = train_small.prepare(train_small.Config(**options, out=out, patience=0))
         history, (_, after) = train_small.learn(run, look)
     on = torch.cuda.get_device_name() if run.config.device == "cuda" else run.config.device
     row = dict(command=command(options), seed=options["seed"], seconds=round(time.time() - start), device=on,

@@ -1,17 +1,22 @@
 """Prompts, pictures and padding as a model takes them, and the text of a token.
 
 No family of models has a branch of its own: the functions hold for those in the README. In order: write
-prompts, encode them, add responses, take rows, read tokens.
+prompts, encode them, see their pictures, add responses, take rows, read tokens.
 """
 
 import re
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
+from support.models import in_parts
 from support.run_folder import expect
 
 MARK = "<image>"  # in a question about a tuple of pictures: the place of each
+TILING = "do_image_splitting", "crop_to_patches", "do_pan_and_scan"  # what families call it
+LEAST = 192  # pixels a side, of a picture that is not cut into tiles: of 48 Qwen-VL makes 4 tokens
 
 
 def banned_ids(policy) -> list[int]:
@@ -48,18 +53,58 @@ def write_prompt(processor, instruction: str, image, question: str) -> str:
     return prompt
 
 
-def encode(processor, instruction: str, images: list, questions: list[str], device: str) -> dict[str, Tensor]:
+def encode(processor, instruction: str, images: list, questions: list[str], device: str,
+           tiles: bool = True) -> dict[str, Tensor]:
     """The model's inputs for prompts (see write_prompt), padded on the left. Images stay in main memory until
-    `take` moves some: in tiles, those of 128 prompts are gigabytes."""
+    `take` moves some: in tiles, those of 128 prompts are gigabytes. tiles: see support.data.Task."""
     prompts = [write_prompt(processor, instruction, *pair) for pair in zip(images, questions)]
     images = [[*image] if isinstance(image, tuple) else [image] for image in images]
+    options = {} if tiles else {x: False for x in TILING if hasattr(processor.image_processor, x)}
+    if not tiles:
+        images = [[enlarged(image, processor) for image in row] for row in images]
     bos = processor.tokenizer.bos_token  # some templates write it, so the tokenizer must not
     inputs = processor(text=prompts, images=images, padding=len(images) > 1, return_tensors="pt",
-                       add_special_tokens=not (bos and prompts[0].startswith(bos)))
+                       add_special_tokens=not (bos and prompts[0].startswith(bos)), **options)
     inputs = {k: x for k, x in inputs.items() if k != "labels"}  # PaliGemma's, of the prompt
     if max(map(len, images)) > 1:
         inputs["images"] = torch.tensor([*map(len, images)])  # of each prompt: for `take`
     return {k: x.to(device) if x.shape == inputs["input_ids"].shape else x for k, x in inputs.items()}
+
+
+def enlarged(image: Image.Image, processor) -> Image.Image:
+    """LEAST pixels a side or more, by a whole factor; or as it is, where the processor makes it that size."""
+    size = dict(getattr(processor.image_processor, "size", None) or {})
+    factor = 1 if size.get("width") == image.width else -(-LEAST // min(image.size))
+    return image.resize([factor * side for side in image.size], Image.Resampling.NEAREST)
+
+
+def see(policy, processor, task, problems: list, images: list | None = None) -> dict[str, Tensor]:
+    """`encode` for problems and their images, or others. Where vision is frozen (support.models.Eyes), with
+    features for pixels, eight prompts at a time: pixels never pile up."""
+    images, eyes = images or [p.image for p in problems], getattr(policy, "eyes", None)
+
+    def some(rows):
+        its = [images[i] for i in rows], [problems[i].question for i in rows]
+        inputs = encode(processor, task.instruction, *its, policy.device, task.tiles)
+        return inputs if eyes is None else policy.autocast()(eyes.look)(inputs)
+
+    everything = torch.arange(len(problems))
+    if eyes is None:
+        return some(everything)
+    return join(in_parts("look", some, everything, 8), policy.generation_config.pad_token_id)
+
+
+def join(parts: list[dict[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
+    """One batch of several, padded on the left."""
+    columns, L = {}, max(part["input_ids"].shape[1] for part in parts)
+    for part in parts:
+        B, length = part["input_ids"].shape
+        for name, x in (dict(images=torch.ones(B, dtype=torch.long)) | part).items():
+            if x.shape[:2] == (B, length):
+                left = (0, 0) * (x.dim() - 2) + (L - length, 0)
+                x = pad(x, left, value=pad_id if name == "input_ids" else 0)
+            columns.setdefault(name, []).append(x)
+    return {name: torch.cat(column) for name, column in columns.items()}
 
 
 def full_inputs(inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -73,16 +118,20 @@ def full_inputs(inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> dict[st
     return inputs | {k: torch.cat([x, tails[k].to(x)], 1) for k, x in longer.items()}
 
 
-def take(inputs: dict[str, Tensor], rows: Tensor, image_ids: list[int] = ()) -> dict[str, Tensor]:
+def take(inputs: dict[str, Tensor], rows: Tensor, image_ids: list[int] = (),
+         trim: bool = False) -> dict[str, Tensor]:
     """The inputs of some rows, on the tokens' device. Where all images are in a row, a prompt has as many as
-    pictures; where they are packed (Qwen-VL's patches, InternVL's tiles), as many as is its share of the
-    image tokens, whose ids are `image_ids`."""
+    pictures; where they are packed (Qwen-VL's patches, InternVL's tiles, features), as many as is its share
+    of the image tokens, whose ids are `image_ids`. trim: without the columns that are padding in all rows."""
     taken, B, ids = {}, len(inputs["input_ids"]), inputs["input_ids"]
+    first = ids.shape[1] - int(inputs["attention_mask"][rows].sum(1).max()) if trim else 0
     tokens = torch.isin(ids, ids.new_tensor(image_ids)).sum(1)  # (B,)
     pictures = inputs.get("images", torch.ones(B, dtype=torch.long))  # (B,)
     for name, x in inputs.items():
         sizes = pictures if len(x) == pictures.sum() else tokens * len(x) // tokens.sum().clamp(min=1)
-        if len(x) == B:
+        if x.shape[:2] == ids.shape:
+            taken[name] = x[rows, first:]
+        elif len(x) == B:
             taken[name] = x[rows.to(x.device)].to(ids.device)
         elif sizes.sum() == len(x):
             packed = x.split(sizes.tolist())

@@ -1,10 +1,12 @@
-"""Models: loading one, and its three roles: policy, critic and reference.
+"""Models: loading one, its three roles (policy, critic, reference), and what keeps real ones in memory.
 
-Policy and reference are called as any model of transformers, the critic is a sapo.SegmentCritic. `load` makes
-three copies of a small model. `make_roles` lets the roles of a large one share what is frozen.
+Policy and reference are called as any model of transformers, the critic is a sapo.SegmentCritic. tiny_vlm has
+three copies. Of any other model the vision tower is frozen: the roles share it, and it sees a picture once
+(`Eyes`). With `lora` they share all but their adapters (`Role`).
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from inspect import signature
@@ -12,11 +14,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sapo
 from support.run_folder import expect, first_line
+
+FITS = {}  # what is done → rows at a time, as memory was once full
 
 
 # ------------------------------------------------------------------------------------------------------- load
@@ -49,19 +53,22 @@ def load_policy(name: str, device: str, dtype: torch.dtype = torch.float32) -> t
     return policy, processor
 
 
+def load(config) -> tuple:
+    """Policy, processor, and, for the methods that need them, critic and frozen reference (else None)."""
+    model, processor = load_policy(config.model, config.device, base_dtype(config))
+    if (n := model.num_parameters()) > 1e9 and not config.lora:  # weights, gradients and AdamW are 16 bytes
+        size = n * (16 * (1 + config.critic) + 4 * (config.kl_coef > 0)) / 1e9
+        print(f"model has {n / 1e9:.1f} billion parameters: to train all takes about {size:.0f} GB, and "
+              "--lora 16 far less", file=sys.stderr)
+    policy, critic, reference = make_roles(config, model)
+    return policy, processor, critic, reference
+
+
 def make_critic(policy, role: Callable) -> sapo.SegmentCritic:
     """On the policy's pretrained backbone in a role, such as a copy, with a value head that starts at 0."""
     expect(hasattr(policy, "model"), "model", type(policy).__name__,
            "a class with .model, for the critic to read (grpo, gspo and srpo have none)")
     return sapo.SegmentCritic(role(policy.model), policy.config.get_text_config().hidden_size)
-
-
-def load(config) -> tuple:
-    """Policy, processor, and, for the methods that need them, critic and frozen reference (else None)."""
-    policy, processor = load_policy(config.model, config.device)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef > 0 else None
-    critic = make_critic(policy, copy.deepcopy).to(config.device) if config.critic else None
-    return policy, processor, critic, reference
 
 
 def make_optimizers(config, policy, critic) -> list[tuple]:
@@ -83,19 +90,57 @@ def save(run) -> None:
         torch.save(run.critic.state_dict(), out / "critic.pt")
 
 
+# --------------------------------------------------------------------------------------------- frozen vision
+class Eyes:
+    """In place of a model's get_image_features: vision tower and projector, called once for a picture instead
+    of in every pass of every role. A model then gets features for pixels, a row (1 + K, H) for each image
+    token: what is put in the token's place, and what K deeper layers add (Qwen3-VL)."""
+
+    def __init__(self, model):
+        self.plain, self.shape = model.get_image_features, None
+        self.names = signature(self.plain).parameters
+        model.get_image_features = self
+
+    def __deepcopy__(self, _) -> "Eyes":  # critic and reference see through the policy's
+        return self
+
+    @torch.no_grad()
+    def look(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of prompts with features for pixels, in main memory."""
+        device = inputs["input_ids"].device
+        its = {name: x.to(device) for name, x in inputs.items() if name in self.names}
+        found = self.plain(**its, return_dict=True)
+        layers = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
+        # In some versions of some families a layer is a list, of a tensor for each picture.
+        self.ends = [x.shape[1:] if isinstance(x, Tensor) else None for x in layers]
+        self.kind, layers = type(found), [x if isinstance(x, Tensor) else torch.cat([*x]) for x in layers]
+        features = torch.stack([x.flatten(0, -2) for x in layers], 1).cpu()  # (image tokens, 1 + K, H)
+        self.shape = features.shape[1:]
+        return {k: x for k, x in inputs.items() if not k.startswith("pixel_")} | dict(pixel_values=features)
+
+    def __call__(self, pixel_values: Tensor, *args, **kwargs):
+        if pixel_values.shape[1:] != self.shape:  # pixels
+            return self.plain(pixel_values, *args, **kwargs)
+        layers = [[x] if end is None else x.reshape(-1, *end)
+                  for x, end in zip(pixel_values.unbind(1), self.ends)]
+        output = self.kind(last_hidden_state=layers[0])  # an empty one would be false
+        output.pooler_output, output.deepstack_features = layers[0], layers[1:]
+        return output
+
+
 # ----------------------------------------------------------------------------------- one model in three roles
 class Role(nn.Module):
     """A model as policy, critic's backbone or reference. Roles may share one model: each puts its own adapter
     on before a pass. As the model is no submodule, `parameters()` are those that this role trains.
 
     whole: the model that holds adapters; body: what is called, the whole or its backbone; adapter: a name,
-    "" for the base alone, None for a model without adapters.
+    "" for the base alone, None for a model without adapters; eyes: if pictures are seen once, what sees them.
     """
 
-    def __init__(self, config, whole, body, adapter: str | None = None):
+    def __init__(self, config, whole, body, adapter: str | None = None, eyes: Eyes | None = None):
         super().__init__()
         self.__dict__.update(whole=whole, body=body)  # past nn.Module, which would register them
-        self.adapter, self.bfloat16 = adapter, config.dtype == "bfloat16"
+        self.adapter, self.eyes, self.bfloat16 = adapter, eyes, config.dtype == "bfloat16"
         self.config, self.device = body.config, body.device
         self.generation_config = getattr(body, "generation_config", None)
         self.layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -109,12 +154,15 @@ class Role(nn.Module):
         elif self.adapter == "":
             self.whole.disable_adapters()
 
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
     @contextmanager
     def turn(self):
         self.put_on()
         for layer in self.layers:  # in training they recompute, and drop the cache that sampling needs; their
             layer.training = torch.is_grad_enabled()  # submodules stay as they are: no dropout
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with self.autocast():
             yield
 
     def forward(self, **inputs):
@@ -130,7 +178,7 @@ class Role(nn.Module):
             raise RuntimeError(f"adapter {self.adapter} is off: expected backward before another's forward")
 
     @torch.no_grad()
-    def generate(self, **inputs) -> torch.Tensor:
+    def generate(self, **inputs) -> Tensor:
         with self.turn():
             return self.body.generate(**inputs)
 
@@ -146,8 +194,15 @@ def base_dtype(config) -> torch.dtype:
 
 def make_roles(config, model) -> tuple:
     """Policy, critic and reference from a pretrained model; None for what the algorithm does not need."""
+    eyes = None
+    if not config.train_vision:  # the language model alone learns
+        model.requires_grad_(False)
+        for part in (model.get_decoder(), model.get_output_embeddings()):
+            part.requires_grad_(True)
+        eyes = Eyes(model.model) if hasattr(getattr(model, "model", None), "get_image_features") else None
     if config.checkpointing:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        name = "activation_checkpointing_enable"  # or what it was called before
+        getattr(model, name, model.gradient_checkpointing_enable)(dict(use_reentrant=False))
         model.disable_input_require_grads()  # else a frozen tower would have a backward pass
     if config.lora:  # one frozen copy of the weights for three roles
         from peft import LoraConfig
@@ -160,15 +215,49 @@ def make_roles(config, model) -> tuple:
             model.requires_grad_(False).add_adapter(adapter, adapter_name=name)
         for name, weight in model.eval().named_parameters():
             weight.data = weight.data.float() if ".lora_" in name else weight.data  # not in the base's dtype
-    tower = () if config.train_vision else model.get_encoder("image").requires_grad_(False).parameters()
-    frozen = {id(weight): weight for weight in tower}  # to deepcopy as if copied: all share the tower
+    plain = config.train_vision and not (config.lora or config.checkpointing or config.dtype == "bfloat16")
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}  # to deepcopy as if copied: shared
 
-    def role(body, name: str) -> Role:
+    def role(body, name: str):
         if config.lora:
-            return Role(config, model, body, name)
+            return Role(config, model, body, name, eyes)
         body = body if name == "policy" else copy.deepcopy(body, dict(frozen))
-        return Role(config, body, body if name else body.requires_grad_(False))
+        body = body if name else body.requires_grad_(False)
+        return body if plain else Role(config, body, body, eyes=eyes)
 
-    policy = role(model, "policy")
-    critic = make_critic(model, lambda x: role(x, "critic")).to(policy.device) if config.critic else None
-    return policy, critic, role(model, "") if config.kl_coef > 0 else None
+    critic = make_critic(model, lambda body: role(body, "critic")).to(model.device) if config.critic else None
+    return role(model, "policy"), critic, role(model, "") if config.kl_coef > 0 else None
+
+
+# ------------------------------------------------------------------------------------------------ full memory
+def in_parts(what: str, function: Callable, rows: Tensor, size: int) -> list:
+    """`function` of `size` rows at a time; of half as many, from then on, when the GPU's memory is full."""
+    results = []
+    while len(rows):
+        n = min(FITS.get(what, size), size, len(rows))
+        try:
+            results.append(function(rows[:n]))
+            rows = rows[n:]
+        except torch.OutOfMemoryError:
+            if n == 1:
+                raise
+            FITS[what] = (n + 1) // 2
+    return results
+
+
+def hidden_and_head(model, **inputs) -> tuple[Tensor, Callable]:
+    """What logits are made of, (B, t, H), and what makes them, so that those of all tokens need not be in
+    memory together. Where that is more than a head (a soft cap, a scale), the logits and the identity."""
+    body = getattr(model, "body", model)
+    head, made = body.get_output_embeddings(), []
+    if not getattr(body, "changes_logits", False):
+        body.set_output_embeddings(stand_in := nn.Identity())
+        stand_in.register_forward_hook(lambda module, args, output: made.append(output))
+        try:
+            hidden = model(**inputs).logits
+        finally:
+            body.set_output_embeddings(head)
+        if hidden is made[0]:
+            return hidden, model.autocast()(head.__call__) if body is not model else head
+        body.changes_logits = True
+    return model(**inputs).logits, nn.Identity()

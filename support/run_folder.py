@@ -38,6 +38,10 @@ class NotFinite(ArithmeticError):
     """The name of a quantity that is nan or infinite; or, of a run that ends so, a sentence."""
 
 
+class NothingToLearn(Exception):
+    """All responses of several iterations had the same reward."""
+
+
 def check_finite(**quantities: torch.Tensor) -> None:
     if names := [name for name, x in quantities.items() if not x.isfinite().all()]:
         raise NotFinite(names[0])
@@ -218,13 +222,20 @@ def guarded(step: Callable, run, i: int) -> tuple:
 
 # ------------------------------------------------------------------------------------------------- complaints
 def warn(history: list[dict], config, said: set[str]) -> None:
-    """Print each of `complaints` when it is first true. NotFinite: three times in a row."""
+    """Print each of `complaints` when it is first true. NotFinite: three times in a row. NothingToLearn."""
     for sentence in set(complaints(history, config.warmup)) - said:
         tqdm.write(f"iteration {history[-1]['iteration']}: {sentence}", file=sys.stderr)
         said.add(sentence)
     if all("not_finite" in row for row in history[-3:]):
         raise NotFinite(f"{history[-1]['not_finite']} was not finite three times in a row (the batches: "
                         f"{config.out}/not-finite-*.pt): try a lower --lr, --critic-lr or --head-lr")
+
+
+    rewards = {row.get("reward") for row in history[-config.patience:]}
+    if 0 < config.patience < len(history) and rewards in ({0}, {1}):
+        raise NothingToLearn(
+            f"all rewards of {config.patience} iterations were {rewards.pop():g}: warm-start the model "
+            "(python -m examples.warm_start), raise --max-tokens, or take another reward; --patience 0 goes on")
 
 
 def complaints(history: list[dict], warmup: int) -> Iterator[str]:
@@ -236,8 +247,6 @@ def complaints(history: list[dict], warmup: int) -> Iterator[str]:
         yield "all responses are cut off: raise --max-tokens"
     if row.get("unreadable", 0) > 0.5:
         yield "more than half of the responses do not have the format of the instruction"
-    if len(last) == 5 and {r["reward"] for r in last} in ({0}, {1}):
-        yield "all rewards were equal for five iterations: there is nothing to learn from"
     if row.get("with_roles", 1) < 0.5 and row["unreadable"] <= 0.5:
         yield "more than half of the responses have no roles: SRPO is GRPO there (see srpo.split_roles)"
     if row.get("first_ratio_deviation", 0) > 1e-3:
@@ -266,7 +275,7 @@ def signals(noted: list | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def one_line(name: str, *errors: type, status: int = 2, go_on: str = "", micro_batch: int = 0) -> Iterator:
+def one_line(name: str, *errors: type, status: int = 2, go_on: str = "", micro_tokens: int = 0) -> Iterator:
     """These errors, too little memory, and signals end a command with one line. name: of the command. go_on:
     the folder of a run that can go on."""
     getattr(sys.stdout, "reconfigure", lambda errors: None)(errors="replace")  # it may know ASCII alone
@@ -278,8 +287,8 @@ def one_line(name: str, *errors: type, status: int = 2, go_on: str = "", micro_b
         if isinstance(error, torch.OutOfMemoryError):
             frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
             phase = next((phase for phase in PHASES if phase in frames), "load")
-            size = micro_batch or "all at once"
-            said = f"out of memory in {phase}: halve --micro-batch (now {size}) or --max-tokens"
+            size = micro_tokens or "all at once"
+            said = f"out of memory in {phase}: halve --micro-tokens (now {size}) or --max-tokens"
         said += f". Go on from the last checkpoint: python {name} --resume {quote(go_on)}" if go_on else ""
         print(f"{name}: {said}", file=sys.stderr)
         LOCKS.clear()  # in a notebook the process lives on

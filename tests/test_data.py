@@ -144,7 +144,7 @@ def test_rewards_are_numbers_of_any_kind_and_what_is_none_is_named(capsys):
 @pytest.mark.parametrize("reward", [1, None])
 def test_a_run_takes_any_reward(mini, tmp_path, reward):
     options = dict(algo="grpo", iterations=1, responses=64, mini_batches=1, max_tokens=40, eval_problems=2)
-    config = train_small.Config(model=str(mini), out=str(tmp_path), device="cpu", micro_batch=0, **options)
+    config = train_small.Config(model=str(mini), out=str(tmp_path), device="cpu", **options)
     task = train_small.toy_task(config)._replace(reward=lambda problem, text: reward)
     history, _ = train_small.learn(train_small.prepare(config, lambda _: task))
     assert 0 < history[1]["reward"] < 1 if reward else history[1]["not_finite"] == "reward"

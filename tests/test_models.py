@@ -6,6 +6,7 @@ distributions that `generate` sampled from, with its cache, and each response al
 
 import copy
 import itertools
+import math
 import re
 import shutil
 import string
@@ -22,6 +23,9 @@ import toy_env
 import train_small
 from examples import real_vlm
 from support.data import INSTRUCTION
+from support import inputs
+from support import models as roles
+from support.inputs import encode
 
 # --------------------------------------------------------------------------------------------------- families
 TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -115,7 +119,7 @@ def make_tokenizer(family):
     alphabet = [f"<0x{i:02X}>" for i in range(256)] + [*string.ascii_letters, "▁"]
     if by_bytes:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["Ġ▁"[not by_bytes] + word for word in re.findall(r"\w+", INSTRUCTION)]
+    words = ["Ġ▁"[not by_bytes] + word for word in re.findall("[A-Za-z]+", INSTRUCTION)]
     merges = [*dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word)))]
     tokens = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *dict.fromkeys(map("".join, merges))])}
     core = Tokenizer(models.BPE(tokens, merges, byte_fallback=not by_bytes))
@@ -180,7 +184,7 @@ SIZES = (48, 48), (60, 100), (130, 40), (33, 37), (64, 64), (20, 90)
 
 def small(folder, **changes):
     options = dict(iterations=2, responses=16, mini_batches=2, critic_warmup=0, operands=2,
-                   max_tokens=10, micro_batch=0,
+                   max_tokens=10,
                    eval_problems=4, eval_every=2, lr=1e-3, device="cpu")
     return train_small.complete(train_small.Config(model=str(folder), **options | changes))
 
@@ -210,7 +214,7 @@ def sampled(family):
     config = small(family, max_tokens=48, temperature=0.8, mini_batches=1)
     torch.manual_seed(0)
     policy, processor, critic, reference = train_small.load(config)
-    task = train_small.toy_task(config)
+    task = train_small.toy_task(config)._replace(tiles=True)
     policy.generation_config.eos_token_id = policy.generation_config.eos_token_id[::3]  # for longer responses
     generate, kept = policy.generate, []
 
@@ -222,7 +226,7 @@ def sampled(family):
     policy.generate = keep
     problems = many_sizes(16, several=processor.chat_template is not None)
     roll = train_small.rollout(policy, processor, task, problems, config.max_tokens, config.temperature)
-    inputs = train_small.take(roll.inputs, torch.arange(16), roll.image_ids)
+    inputs = train_small.take(roll.inputs, roll.prompts, roll.image_ids)
     del policy.generate
     logits = torch.stack(kept, 1)[:, : roll.ids.shape[1]]
     lengths, prompts = roll.mask.sum(1).unique(), roll.inputs["attention_mask"].sum(1).unique()
@@ -242,7 +246,7 @@ def test_scores_are_those_of_sampling_and_of_each_response_alone(sampled):
     expected = logits.log_softmax(2).gather(2, roll.ids[..., None])[..., 0]
     assert (log_probs - expected)[roll.mask].abs().max() < 1e-4
     for problem, ids, keep, found in zip(roll.problems, roll.ids, roll.mask, log_probs):
-        prompt = train_small.encode(s.processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
+        prompt = encode(s.processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
         assert prompt["attention_mask"].all()
         prompt = train_small.take(prompt, torch.arange(1), roll.image_ids)
         alone, _ = train_small.score(s.policy, prompt, ids[None, keep], keep[None, keep], temperature)
@@ -266,11 +270,33 @@ def test_pieces_join_to_the_text_and_a_prompt_has_one_bos(sampled):
         assert (roll.inputs["input_ids"] == tokenizer.bos_token_id).sum(1).tolist() == [1] * 16
 
 
-def test_micro_batches_and_pieces_of_logits_give_the_gradient_of_the_whole_batch(sampled, monkeypatch):
+def test_features_give_the_log_probs_and_gradients_of_pixels(sampled):
+    s, found = sampled, []
+    if s.policy.eyes is None:
+        pytest.skip("cross-attention: pictures are seen in each pass")
+    plain, _ = roles.load_policy(s.config.model, "cpu")
+    pixels = encode(s.processor, INSTRUCTION, *zip(*((p.image, p.question) for p in s.problems)), "cpu")
+    pixels = train_small.take(pixels, torch.arange(16), s.roll.image_ids)
+    for model, inputs in ((s.policy, s.inputs), (plain, pixels)):
+        whole = getattr(model, "whole", model)
+        calls = []
+        whole.get_encoder("image").register_forward_pre_hook(lambda *_: calls.append(1))
+        log_probs, _ = train_small.score(model, inputs, s.roll.ids, s.roll.mask)
+        log_probs[s.roll.mask].sum().backward()
+        learnt = (whole.get_decoder(), whole.get_output_embeddings())
+        gradient = torch.cat([p.grad.flatten() for part in learnt for p in part.parameters()])
+        whole.zero_grad()
+        found.append((log_probs.detach(), gradient, len(calls)))
+    (ours, gradient, seen), (theirs, expected, again) = found
+    assert seen == 0 < again and (ours - theirs)[s.roll.mask].abs().max() < 1e-5
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_parts_of_tokens_and_pieces_of_logits_give_the_gradient_of_the_whole_batch(sampled, monkeypatch):
     s, steps = sampled, []
-    for size, logits in ((0, 2**30), (3, 1)):
+    for size, logits in ((0, 2**30), (700, 20_000)):
         monkeypatch.setattr(train_small, "LOGITS", logits)  # in fp32 at a time
-        config = replace(s.config, micro_batch=size)
+        config = replace(s.config, micro_tokens=size)
         policy, critic = copy.deepcopy(s.policy), copy.deepcopy(s.critic)
         torch.nn.init.ones_(critic.head.weight)  # at 0 it stops the gradient
         old = copy.deepcopy([*policy.parameters(), *critic.parameters()])
@@ -278,7 +304,8 @@ def test_micro_batches_and_pieces_of_logits_give_the_gradient_of_the_whole_batch
         outcome = torch.tensor([1.0, 0, 0, 1] * 4)
         credit = train_small.assign_credit(config, policy, s.processor, s.roll, scored, outcome)
         optimizers = [(m, torch.optim.SGD(m.parameters(), lr=1.0)) for m in (policy, critic)]
-        train_small.update(config, policy, critic, optimizers, s.roll, scored, credit)
+        plan = train_small.draw_plan(config, s.roll)
+        train_small.update(config, policy, critic, optimizers, s.roll, scored, credit, plan)
         new = [*policy.parameters(), *critic.parameters()]
         steps.append(torch.cat([(p - q).detach().flatten() for p, q in zip(new, old)]))
     assert steps[0].norm() > 0.5 and (steps[0] - steps[1]).norm() < 1e-3 * steps[0].norm()
@@ -303,7 +330,7 @@ def test_templates_that_refuse_a_system_turn_or_open_a_tag(tmp_path, capsys):
     says = "{% for m in messages %}{% for c in m.content %}{{ c.text or '<image>' }}{% endfor %}{% endfor %}"
     for wrong in ("raise_exception('no system')", "'[INST]' + messages[0].content"):  # Gemma 2's, Pixtral's
         processor.chat_template = "{% if messages[0].role == 'system' %}{{ " + wrong + " }}{% endif %}" + says
-        inputs = train_small.encode(processor, "Look!", [many_sizes(1)[0].image], ["What?"], "cpu")
+        inputs = encode(processor, "Look!", [many_sizes(1)[0].image], ["What?"], "cpu")
         assert processor.tokenizer.decode(inputs["input_ids"][0]) == "<s> Look!\n" + "<image>" * 16 + " What?"
     for end, opened in {"<think>\n": ["<think>"], "a: <perception>": ["<perception>"],
                         "<think>\n\n</think>\n": [], "<|im_start|>": []}.items():
@@ -332,15 +359,54 @@ def test_a_model_that_cannot_be_sampled_or_scored_is_one_line(kind, settings, sa
     assert "critic" not in said or train_small.load(small(folder, algo="grpo"))[2] is None
 
 
+def test_parts_hold_each_row_once_within_the_budget_and_halve_in_a_full_memory(sampled, monkeypatch):
+    roll, tried = sampled.roll, []
+    lengths = roll.inputs["attention_mask"].sum(1)[roll.prompts] + roll.mask.sum(1)
+    for budget in (1, 150, 400, 10**6):
+        parts = roll.parts(torch.arange(16).flip(0), budget)
+        assert sorted(torch.cat(parts).tolist()) == list(range(16))
+        assert all(len(rows) == 1 or len(rows) * lengths[rows].max() <= budget for rows in parts)
+        for rows in parts:
+            inputs, ids, mask = roll.part(rows, trim=True)
+            assert (inputs["attention_mask"].sum(0).all() or len(rows) == 1) and mask.any(0).all()
+            assert (inputs["attention_mask"].sum(1) + mask.sum(1)).tolist() == lengths[rows].tolist()
+    assert len(parts) == 1
+
+    def function(rows):
+        tried.append(len(rows))
+        if len(rows) > 5:
+            raise torch.OutOfMemoryError
+        return rows.tolist()
+
+    monkeypatch.setattr(roles, "FITS", {})
+    for _ in range(2):
+        assert sum(roles.in_parts("test", function, torch.arange(16), 16), []) == list(range(16))
+    assert tried == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4]  # the size that fits is kept
+    with pytest.raises(torch.OutOfMemoryError):
+        roles.in_parts("other", lambda rows: function(torch.arange(6)), torch.arange(2), 2)
+
+
 @pytest.mark.parametrize("algo", ["sapo", "srpo", "grpo"])
-def test_trains(family, algo, coin, tmp_path, monkeypatch):
-    config = small(family, algo=algo, micro_batch=5 * (algo == "srpo"), out=str(tmp_path / "run"))
+def test_trains_and_sees_a_picture_once(family, algo, coin, tmp_path, monkeypatch):
+    config = small(family, algo=algo, micro_tokens=900 * (algo == "srpo"), out=str(tmp_path / "run"))
     several, shown, corrupt = not family.name.startswith("paligemma"), [], train_small.srpo.corrupt_image
     monkeypatch.setattr(train_small.srpo, "corrupt_image", lambda *args, **more: shown.append(1) or corrupt(
         *args, **more))
+    encoded, write = [], inputs.write_prompt
+    monkeypatch.setattr(inputs, "write_prompt", lambda *args: encoded.append(1) or write(*args))
     task = train_small.toy_task(config)._replace(stream=itertools.cycle(many_sizes(9, several)))
-    history, _ = train_small.learn(train_small.prepare(config, lambda _: task))
+    run, looks = train_small.prepare(config, lambda _: task), []
+    tower = run.policy.whole.get_encoder("image")
+    tower.register_forward_pre_hook(lambda *_: looks.append(1))
+    weights = dict(run.policy.whole.named_parameters())
+    frozen = {name: x.clone() for name, x in weights.items() if not x.requires_grad}
+    history, _ = train_small.learn(run)
     assert len(shown) == (2 * 16 + 8 * several) * (algo == "srpo")  # all pictures of each response
+    prompts, corrupted = 9 if algo == "sapo" else 2, 16 * (algo == "srpo")  # distinct ones
+    assert len(encoded) == 4 + 2 * prompts + 2 * corrupted  # the held-out ones once a run
+    if run.policy.eyes:  # eight at a time
+        assert len(looks) == 2 * (math.ceil(prompts / 8) + corrupted // 8)
+    assert frozen and all(x.equal(weights[name]) for name, x in frozen.items())
     assert len(history) == 3 and all(row["grad_norm"] > 0 for row in history[1:])
     assert history[1]["first_ratio_deviation"] < 1e-4 and abs(history[1]["kl_to_start"]) < 1e-5
     assert history[2]["kl_to_start"] != 0 and (algo != "sapo" or history[2]["value_loss"] > 0)

@@ -17,8 +17,9 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import train_small
 from examples import judge, real_vlm
 from support import models
+from support.inputs import encode
 
-OPTIONS = dict(iterations=2, responses=8, mini_batches=2, critic_warmup=0, max_tokens=10, micro_batch=2,
+OPTIONS = dict(iterations=2, responses=8, mini_batches=2, critic_warmup=0, max_tokens=10, micro_tokens=64,
                eval_problems=4, eval_every=1, device="cpu")
 
 
@@ -50,18 +51,18 @@ def cache(tmp_path, monkeypatch):
 
 def settings(folder, **changes):
     options = OPTIONS | dict(model=str(folder / "model"), dataset=str(folder / "data")) | changes
-    return real_vlm.complete(real_vlm.RealConfig(**options))
+    return train_small.complete(real_vlm.RealConfig(**options))
 
 
 def made(folder, **changes):
     """Config, policy, critic, reference, and one rollout with its scores and credit."""
     config = settings(folder, **changes)
     torch.manual_seed(0)
-    policy, processor, critic, reference = real_vlm.load(config)
+    policy, processor, critic, reference = train_small.load(config)
     torch.nn.init.normal_(critic.head.weight)  # at 0 it stops the gradient
     task = train_small.toy_task(replace(config, operands=2))
     problems = train_small.take_prompts(config, task)
-    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens, micro_batch=4)
+    roll = train_small.rollout(policy, processor, task, problems, config.max_tokens)
     scored = train_small.score_all(config, policy, reference, critic, roll)
     outcome = torch.tensor([1.0, 0, 0, 1] * 2)
     credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome)
@@ -71,7 +72,16 @@ def made(folder, **changes):
 def step(config, policy, critic, roll, scored, credit):
     optimizers = [(m, torch.optim.SGD(m.parameters(), lr=1.0)) for m in (policy, critic)]
     torch.manual_seed(1)
-    return train_small.update(config, policy, critic, optimizers, roll, scored, credit)
+    plan = train_small.draw_plan(config, roll)
+    return train_small.update(config, policy, critic, optimizers, roll, scored, credit, plan)
+
+
+def pixels(config, roll):
+    """The prompts' inputs as a model takes them that has seen nothing yet."""
+    processor = models.load_policy(config.model, "cpu")[1]
+    images, questions = zip(*((p.image, p.question) for p in roll.problems))
+    inputs = encode(processor, roll.task.instruction, images, questions, "cpu", tiles=False)
+    return train_small.take(inputs, torch.arange(len(images)), roll.image_ids)
 
 
 def weights(module):
@@ -81,7 +91,7 @@ def weights(module):
 # ------------------------------------------------------------------------------------------------ the command
 @pytest.mark.parametrize("how", ["all weights", "lora"])
 def test_trains_saves_and_goes_on(folder, tmp_path, monkeypatch, capsys, how):
-    changes = dict(lora=4, dtype="bfloat16", checkpointing=True) if how == "lora" else {}
+    changes = dict(lora=4, dtype="bfloat16") if how == "lora" else {}
     if changes:
         needs_peft()
     monkeypatch.setattr(real_vlm, "reward", lambda problem, text: float(len(text) % 2))
@@ -139,7 +149,7 @@ def test_adapters_learn_and_are_saved_and_the_base_and_the_reference_stay(folder
     saved = load_file(next(tmp_path.rglob("adapter_model.safetensors")))
     trained = {k.replace(".policy", ""): x for k, x in weights(policy.whole).items() if ".policy" in k}
     assert saved and all(x.equal(trained[k.removeprefix("base_model.model.")]) for k, x in saved.items())
-    inputs = train_small.take(roll.inputs, torch.arange(8))
+    inputs = pixels(config, roll)
     ours, theirs = (train_small.score(m, inputs, roll.ids, roll.mask)[0] for m in (reference, plain))
     assert torch.equal(ours, theirs)
     assert not torch.equal(train_small.score(policy, inputs, roll.ids, roll.mask)[0], theirs)
@@ -148,7 +158,7 @@ def test_adapters_learn_and_are_saved_and_the_base_and_the_reference_stay(folder
 def test_a_backward_pass_after_the_switch_is_an_error(folder):
     needs_peft()
     config, policy, critic, _, roll, *_ = made(folder, lora=4)
-    inputs = train_small.take(roll.inputs, torch.arange(8))
+    inputs = train_small.take(roll.inputs, roll.prompts, roll.image_ids)
     log_probs, _ = train_small.score(policy, inputs, roll.ids, roll.mask)
     train_small.value(critic, inputs, roll.ids, roll.mask)
     with pytest.raises(RuntimeError, match="adapter policy is off: expected backward before"):
@@ -194,7 +204,7 @@ def test_bfloat16_is_within_its_rounding(folder):
     model = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=torch.float32).eval()
     other, judge, _ = models.make_roles(half, model)
     judge.head = copy.deepcopy(critic.head)
-    inputs = train_small.take(roll.inputs, torch.arange(8))
+    inputs = pixels(config, roll)
     log_probs, _ = train_small.score(other, inputs, roll.ids, roll.mask)
     values = train_small.value(judge, inputs, roll.ids, roll.mask)
     assert log_probs.dtype == values.dtype == torch.float32 == next(other.parameters()).dtype
@@ -245,7 +255,7 @@ def test_the_memory_estimate_counts_what_is_there(folder, changes, capsys):
         needs_peft()
     config = settings(folder, **changes)
     rows = real_vlm.estimate_memory(config)
-    policy, _, critic, reference = real_vlm.load(config)
+    policy, _, critic, reference = train_small.load(config)
     optimizers = train_small.make_optimizers(config, policy, critic)
     for model, optimizer in optimizers:
         for p in model.parameters():
@@ -261,12 +271,14 @@ def test_the_memory_estimate_counts_what_is_there(folder, changes, capsys):
     assert rows["AdamW"] == size(states)
     cache = transformers.DynamicCache(config=policy.config.get_text_config())
     L, text = config.prompt_tokens + config.max_tokens, policy.config.get_text_config()
-    heads = torch.zeros(config.micro_batch, text.num_key_value_heads, L, text.head_dim, dtype=torch.bfloat16
+    heads = torch.zeros(config.responses, text.num_key_value_heads, L, text.head_dim, dtype=torch.bfloat16
                         if config.dtype == "bfloat16" else torch.float32)
     for layer in range(text.num_hidden_layers):
         cache.update(heads, heads, layer)
-    assert rows["KV cache"] == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
-    least = real_vlm.estimate_memory(replace(config, micro_batch=1, max_tokens=2, prompt_tokens=1))
+    features = config.responses * config.prompt_tokens * text.hidden_size * heads.itemsize
+    cached = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    assert rows["sampling: KV cache, inputs"] == cached + features
+    least = real_vlm.estimate_memory(replace(config, micro_tokens=1, max_tokens=2, prompt_tokens=1))
     copied = max(sum(p.nbytes for p in m.parameters()) for m, _ in optimizers)  # in AdamW's step
     assert [*least.values()][-1] >= sum([*least.values()][:5]) + copied
     real_vlm.print_memory(config)
@@ -292,11 +304,11 @@ def test_the_memory_estimate_is_what_a_gpu_needs(tmp_path, monkeypatch):
     make_model(SMOLVLM, tmp_path / "model", vocab_size=49280)
     options = dict(model=str(tmp_path / "model"), out=str(tmp_path / "run"), device="cuda", responses=2,
                    mini_batches=1, critic_warmup=0, checkpointing=True)
-    config = real_vlm.complete(real_vlm.RealConfig(**options))
+    config = train_small.complete(real_vlm.RealConfig(**options))
     drawn = [replace(p, image=p.image.resize((512, 512))) for p in many_sizes(4)]
     task = train_small.Task(iter(drawn), [], real_vlm.INSTRUCTION, None)
     monkeypatch.setattr(train_small.Rollout, "outcome", lambda roll: torch.rand(2, device="cuda"))
-    run = train_small.prepare(config, lambda _: task, real_vlm.load)
+    run = train_small.prepare(config, lambda _: task)
     run.policy.generation_config.eos_token_id = [1]
     for i in (1, 2):  # AdamW's state is there from the second on
         roll, _, _, found = train_small.step(run, i)

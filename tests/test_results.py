@@ -307,7 +307,7 @@ def test_values_are_compared_with_continuations_of_the_same_prefix_and_freed_of_
 def test_critics_learn_beside_sapo_and_are_measured_at_checkpoints(mini, coin, monkeypatch):
     for name, value in dict(CHECKPOINTS=(1, 2), PROMPTS=2, GROUP=4, PREFIXES=2, CONTINUATIONS=2).items():
         monkeypatch.setattr(credit, name, value)
-    options = SMALL | dict(model=str(mini), iterations=2, critic_warmup=0, responses=8, micro_batch=0, seed=3,
+    options = SMALL | dict(model=str(mini), iterations=2, critic_warmup=0, responses=8, seed=3,
                            eval_problems=2, lr=1e-3, head_lr=0.1, device="cpu")
     own = {name: credit.settings_of(name, options) for name in credit.CRITICS}
     update, checkpoint, value_points = train_small.update, credit.checkpoint, credit.value_points

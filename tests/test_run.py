@@ -33,7 +33,7 @@ from support import options, run_folder
 from tiny_vlm.teacher import demonstration
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(iterations=4, responses=8, micro_batch=0, mini_batches=2, critic_warmup=1, operands=2,
+SMALL = dict(iterations=4, responses=8, mini_batches=2, critic_warmup=1, operands=2,
              max_tokens=12, lr=1e-3, critic_lr=1e-3, head_lr=1e-2, eval_problems=4, eval_every=2,
              device="cpu")
 

@@ -33,11 +33,12 @@ import train_small
 from examples import real_vlm
 from support import curves, data, options
 from support.data import INSTRUCTION
+from support.inputs import encode
 from tiny_vlm import make
 from tiny_vlm.teacher import demonstration
 from train_small import Config
 
-SMALL = dict(micro_batch=0, lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, iterations=2, responses=16,
+SMALL = dict(lr=1.6e-4, critic_lr=5e-5, head_lr=2e-3, iterations=2, responses=16,
              mini_batches=2, critic_warmup=0, operands=2, max_tokens=20, eval_problems=4, eval_every=1,
              device="cpu")
 
@@ -64,7 +65,8 @@ def iteration(config, outcome=torch.tensor([1.0, 0, 0, 1] * 4)):
     problems = train_small.take_prompts(config, task)
     roll = train_small.rollout(policy, processor, task, problems, config.max_tokens, config.temperature)
     scored = train_small.score_all(config, policy, reference, critic, roll)
-    credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome)
+    plan = train_small.draw_plan(config, roll)
+    credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome, plan)
     return SimpleNamespace(**locals())
 
 
@@ -74,17 +76,18 @@ def updated(s, optimizer=torch.optim.SGD, lr=1.0, credit=None, learn_policy=True
     models = [m for m in (policy, critic) if m]
     optimizers = [(m, optimizer(m.parameters(), lr=lr)) for m in models]
     torch.manual_seed(seed)
-    metrics = train_small.update(replace(s.config, **changes), policy, critic, optimizers, s.roll, s.scored,
-                                 credit or s.credit, learn_policy)
+    plan = train_small.draw_plan(config := replace(s.config, **changes), s.roll)
+    metrics = train_small.update(config, policy, critic, optimizers, s.roll, s.scored, credit or s.credit,
+                                 plan, learn_policy)
     return metrics, *({n: (p - q).detach() for (n, p), q in zip(new.named_parameters(), old.parameters())}
                       for new, old in zip(models, [s.policy, s.critic]))
 
 
 def prefix(roll, i, n):
     """Inputs of row i alone, without padding: its prompt and the first n tokens of its response."""
-    prompt = roll.inputs["input_ids"][i][roll.inputs["attention_mask"][i] == 1]
+    prompt = roll.inputs["input_ids"][k := roll.prompts[i]][roll.inputs["attention_mask"][k] == 1]
     ids = torch.cat([prompt, roll.ids[i, :n]])[None]
-    pixels = roll.inputs["pixel_values"][[i]]
+    pixels = roll.inputs["pixel_values"][k][None]
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels)
 
 
@@ -128,9 +131,12 @@ def logged(folder):
 
 
 # ---------------------------------------------------------------- every option reaches the function it is for
-def sizes(calls):  # of micro-batches: 3 iterations, 3 epochs, each in another order, 2 mini-batches of 8
-    one, two = ([row for x in calls[i:][:6] for row in x["value_mask"].tolist()] for i in (0, 6))
-    return [len(x["values"]) for x in calls] == [3, 3, 2] * 18 and sorted(one) == sorted(two) != one != two
+def sizes(calls):  # of parts: 3 iterations, 3 epochs, each in another order, 2 mini-batches of 8
+    sizes = [len(x["values"]) for x in calls]
+    rows = ["".join(map(str, row)).rstrip("0") for x in calls for row in x["value_mask"].int().tolist()]
+    one, two = rows[:16], rows[16:32]
+    whole = set(range(8, 8 * 18 + 1, 8)) <= {*itertools.accumulate(sizes)} and max(sizes) < 8
+    return whole and len(rows) == 8 * 18 and sorted(one) == sorted(two) != one != two
 
 
 def corrupted(calls):  # a cell at a time, other cells for each image in each iteration
@@ -153,7 +159,7 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     top_percent=(45.0, "sapo.ends_by_entropy"), temperature=(0.9, "train_small.score"),
     operands=(3, DRAW), distractors=(2, DRAW), operators=("-×", DRAW),
     iterations=(3, VALUE, sizes), epochs=(3, VALUE, sizes), responses=(16, VALUE, sizes),
-    mini_batches=(2, VALUE, sizes), micro_batch=(3, VALUE, sizes),
+    mini_batches=(2, VALUE, sizes), micro_tokens=(110, VALUE, sizes),
     seed=(3, "torch.manual_seed", lambda calls: calls[0]["seed"] == 3),
     critic_warmup=(2, "train_small.update", lambda calls: [x["learn_policy"] for x in calls] == [0, 0, 1]),
     lr=(0.01, "torch.optim.AdamW", lambda calls: calls[0]["lr"] == 0.01),
@@ -168,7 +174,7 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     model=("copy", "transformers.AutoProcessor.from_pretrained", lambda calls: "copy" in calls[0].values()),
     eval_every=(2, "train_small.evaluate", lambda calls: len(calls) == 3),  # before, after 2 and after 3
     eval_problems=(5, DRAW, lambda calls: sum(x["split"] == "eval" for x in calls) == 5),
-    device=("cpu:0", "torch.nn.Module.to", lambda calls: 2 == sum(x["args"] == ("cpu:0",) for x in calls)),
+    device=("cpu:0", "torch.nn.Module.to", lambda calls: [str(*x["args"]) for x in calls] == ["cpu:0", "cpu"]),
     out=("here", "torch.save", lambda calls: Path("here/critic.pt") in [x["f"] for x in calls]),
     save=(True, LLAVA + ".save_pretrained", lambda calls: calls[0]["save_directory"] == Path("here/model")),
 ), dict(
@@ -180,7 +186,9 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     corruption=("noise", "srpo.corrupt_image", corrupted),
     sign_aware=(True, "srpo.role_weights", lambda calls: all(x["sign"].numel() for x in calls)),
 ), dict(
-    algo=("gspo", "sapo.ends_once", len),
+    algo=("gspo", "sapo.ends_once", len), checkpointing=(True, LLAVA + ".gradient_checkpointing_enable", len),
+    dtype=("bfloat16", "support.models.Role", lambda calls: calls[0]["config"].dtype == "bfloat16"),
+    train_vision=(False, "support.models.Eyes", len),
 ), dict(
     segments=("newline", "sapo.ends_by_token", len),
 )]
@@ -189,7 +197,8 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
 @pytest.mark.parametrize("table", OPTIONS, ids=lambda table: table.get("algo", ["sapo"])[0])
 def test_every_option_reaches_the_function_it_is_for(table, mini, tmp_path, monkeypatch):
     defaults = {field.name: field.default for field in fields(Config)}
-    assert set().union(*OPTIONS) | {"resume"} == set(defaults), "an option of Config has no row in the table"
+    others = {"resume", "lora"}  # which have tests of their own
+    assert set().union(*OPTIONS) | others == set(defaults), "an option of Config has no row in the table"
     shutil.copytree(mini, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(curves, "plot", lambda *_: None)
@@ -234,7 +243,8 @@ def test_eos_is_trained_on_and_truncation_is_flagged(pad, start):  # pitfalls 6,
 @torch.no_grad()
 @pytest.mark.parametrize("model", ["mini", "tiny"])
 def test_scores_are_those_of_prefixes_without_padding(mini, model):  # pitfalls 2, 6, 7, 8, 9
-    s = iteration(small(mini if model == "mini" else options.TINY_VLM, temperature=0.7, micro_batch=3))
+    folder, tokens = (mini, 130) if model == "mini" else (options.TINY_VLM, 60)
+    s = iteration(small(folder, temperature=0.7, micro_tokens=tokens))
     eos = s.processor.tokenizer.eos_token_id
     s.processor.tokenizer.pad_token, s.policy.generation_config.pad_token_id = "<eos>", eos
     problems = [toy_env.make_problem(i, operands=2 + 3 * (i % 2)) for i in range(8 if model == "mini" else 2)]
@@ -245,7 +255,8 @@ def test_scores_are_those_of_prefixes_without_padding(mini, model):  # pitfalls 
     for part in (s.policy.model, s.reference.model, s.critic.backbone):
         part.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
     scored = train_small.score_all(s.config, s.policy, s.reference, s.critic, roll)
-    assert caches == [None] * 3 * math.ceil(len(problems) / 3)  # none is built that nobody reads
+    parts = roll.parts(torch.arange(len(problems)), tokens)
+    assert caches == [None] * 3 * len(parts) and len(parts) > 1  # none is built that nobody reads
     for i, n in enumerate(lengths):
         assert eos not in roll.ids[i, : n - 1] and (roll.ids[i, n - 1] != eos) == roll.truncated[i]
         for t in {0, 1, n // 3, n // 2, n - 1}:
@@ -279,8 +290,9 @@ def test_image_placeholders_are_neither_sampled_nor_scored(mini):  # pitfall 19
     s.policy.lm_head.register_forward_hook(lambda _, args, out: out + 50 * torch.eye(out.shape[-1])[image])
     for greedy in (False, True):
         roll = train_small.rollout(s.policy, s.processor, s.task, s.problems, 6, greedy=greedy)
-        log_probs, entropy = train_small.score(s.policy, roll.inputs, roll.ids, roll.mask)
-        whole = train_small.full_inputs(roll.inputs, roll.ids, roll.mask)
+        inputs, *_ = roll.part(torch.arange(16), False)
+        log_probs, entropy = train_small.score(s.policy, inputs, roll.ids, roll.mask)
+        whole = train_small.full_inputs(inputs, roll.ids, roll.mask)
         logits = s.policy(**whole, logits_to_keep=roll.ids.shape[1] + 1).logits[:, :-1].double()
         logits[..., image] = -math.inf
         p = logits.softmax(-1)
@@ -293,8 +305,8 @@ def test_wrong_number_of_image_tokens_is_an_error(mini):  # pitfall 20
     policy, processor, *_ = train_small.load(small(mini))
     problem = toy_env.make_problem(0)
     with pytest.raises(ValueError, match="question is '<image>.*: expected one without <image>"):
-        train_small.encode(processor, INSTRUCTION, [problem.image], ["<image>" + problem.question], "cpu")
-    inputs = train_small.encode(processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
+        encode(processor, INSTRUCTION, [problem.image], ["<image>" + problem.question], "cpu")
+    inputs = encode(processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
     one_more = inputs["input_ids"][:, :1]
     with pytest.raises(ValueError, match="(?i)image features and image tokens do not match"):
         train_small.score(policy, inputs, one_more, torch.ones_like(one_more))
@@ -308,8 +320,8 @@ def test_each_prompt_has_a_list_of_images():  # to Gemma 3's processor, a flat l
         transformers.Gemma3ImageProcessorPil(size=dict(height=16, width=16)), tokenizer,
         chat_template=make.TEMPLATE.replace("<image>", "<unk>"), image_seq_length=4)
     images = [toy_env.make_problem(i).image for i in range(3)]
-    inputs = train_small.encode(processor, INSTRUCTION, images, ["red + blue = ?"] * 3, "cpu")
-    alone = [train_small.encode(processor, INSTRUCTION, [x], ["red + blue = ?"], "cpu") for x in images]
+    inputs = encode(processor, INSTRUCTION, images, ["red + blue = ?"] * 3, "cpu")
+    alone = [encode(processor, INSTRUCTION, [x], ["red + blue = ?"], "cpu") for x in images]
     assert torch.equal(inputs["pixel_values"], torch.cat([x["pixel_values"] for x in alone]))
     assert len(inputs["input_ids"]) == 3
 
@@ -358,7 +370,7 @@ def test_special_tokens_are_the_models_or_tokenizers(mini, monkeypatch, tmp_path
 
 # ----------------------------------------------------------------------------------------------------- credit
 @pytest.mark.parametrize("algo, lam, lam_returns, changes", [
-    ("ppo", 0.95, 0.95, {}), ("vc-ppo", 0.99, 1.0, {}), ("sapo", 0.99, 0.99, {}),
+    ("ppo", 0.95, 0.95, {}), ("vc-ppo", 0.99, 1.0, {}), ("sapo", 0.9, 0.9, {}),
     ("sapo", 0.5, 0.5, dict(lam=0.5, gamma=0.8, value_at="last", top_percent=10.0)),
     ("sapo", 0.5, 0.5, dict(lam=0.5, ratio="token", kl_coef=0.5))])
 def test_credit_with_a_critic_is_a_loop_over_segments(mini, algo, lam, lam_returns, changes):
@@ -407,13 +419,14 @@ def test_credit_of_groups_is_constant_in_a_response(mini, algo):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(contrast="blank"), dict(sign_aware=True, micro_batch=3)])
+@pytest.mark.parametrize("changes", [{}, dict(contrast="blank"), dict(sign_aware=True, micro_tokens=250)])
 def test_srpo_weighs_tokens_by_what_the_policy_loses(mini, changes):
     changes |= dict(algo="srpo", temperature=0.7, corruption="blank")
     config, roll, _, outcome, lengths = case(mini, **changes)
     policy, processor, *_ = train_small.load(config)
     scored = train_small.score_all(config, policy, None, None, roll)
-    credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome)
+    plan = train_small.draw_plan(config, roll)
+    credit = train_small.assign_credit(config, policy, processor, roll, scored, outcome, plan)
     assert curves.describe(roll, scored, credit, outcome)["with_roles"] == 1
     blind = config.contrast == "blind"
     for i in (0, 1, 9):
@@ -465,7 +478,7 @@ def test_ratio_is_one_before_the_first_step(mini, algo):  # pitfall 1; the minia
     torch.backends.cudnn.allow_tf32 = True  # torch's default: on a GPU, features hang on the batch's shape
     s = iteration(small(mini, algo=algo, temperature=0.7))
     assert not torch.backends.cudnn.allow_tf32
-    metrics, *changes = updated(s, torch.optim.Adam, lr=0.0, epochs=2, micro_batch=3)
+    metrics, *changes = updated(s, torch.optim.Adam, lr=0.0, epochs=2, micro_tokens=110)
     assert metrics["max_ratio_deviation"] < 1e-5 and metrics["clip_fraction"] == 0 < metrics["grad_norm"]
     assert abs(metrics["kl_step"]) < 1e-6 and abs(metrics["kl_step_k3"]) < 1e-6
     assert metrics.get("kl_to_start_k3", 1) < 1e-6 or algo not in ("grpo", "srpo")  # theirs is in the loss
@@ -481,17 +494,18 @@ def test_mini_batches_shuffle_and_begin_without_gradient_and_the_first_has_a_rat
     s = iteration(small(mini, algo="ppo", mini_batches=1))
     once, thrice = (updated(s, lr=0.0, epochs=n)[0]["grad_norm"] for n in (1, 3))
     assert once == pytest.approx(thrice, rel=1e-3)  # nothing is left over from the step before
-    first, later, parts = (updated(s, mini_batches=n, micro_batch=m)[0] for n, m in ((1, 0), (4, 0), (4, 3)))
+    tried = (1, 0), (4, 0), (4, 80)
+    first, later, parts = (updated(s, mini_batches=n, micro_tokens=m)[0] for n, m in tried)
     assert [x["first_ratio_deviation"] for x in (first, later)] == [first["max_ratio_deviation"], 0] == [0, 0]
     assert 1e-3 < later["max_ratio_deviation"] == pytest.approx(parts["max_ratio_deviation"], rel=1e-3)
     s.scored.log_probs[3] += 0.1  # what was scored wrongly is seen at once, whichever micro-batch it is in
-    assert updated(s, micro_batch=5)[0]["first_ratio_deviation"] > 0.09
+    assert updated(s, micro_tokens=150)[0]["first_ratio_deviation"] > 0.09
 
 
 @pytest.mark.parametrize("algo", ["sapo", "srpo", "gspo"])
 def test_micro_batches_change_no_gradient_and_no_metric(mini, algo):  # pitfall 11, on ragged responses
     s = iteration(small(mini, algo=algo))
-    (metrics, *whole), (same, *parts) = updated(s), updated(s, micro_batch=3)  # 8 = 3 + 3 + 2
+    (metrics, *whole), (same, *parts) = updated(s), updated(s, micro_tokens=110)
     for one, other in zip(whole, parts):
         assert max(float((one[name] - other[name]).abs().max()) for name in one) < 5e-6
         assert max(float(change.abs().max()) for change in one.values()) > 1e-3
@@ -626,7 +640,7 @@ def test_trains_on_a_data_set_and_saves(mini, tmp_path, monkeypatch, capsys, coi
     model = transformers.AutoModelForImageTextToText.from_pretrained(out / "model").eval()
     both = processor, transformers.AutoProcessor.from_pretrained(out / "model")
     two = rows["image"][:2], rows["question"][:2]
-    inputs, same = (train_small.encode(x, INSTRUCTION, *two, "cpu") for x in both)
+    inputs, same = (encode(x, INSTRUCTION, *two, "cpu") for x in both)
     assert torch.equal(model(**same).logits, policy(**inputs).logits)
     saved = torch.load(out / "critic.pt")
     assert saved and all(torch.equal(x, critic.state_dict()[k]) for k, x in saved.items())
