@@ -34,7 +34,7 @@ import srpo
 import toy_env
 from support import curves, options, run_folder
 from support.data import Task, take_prompts, toy_task
-from support.inputs import banned_ids, full_inputs, read_tokens, see, take
+from support.inputs import banned_ids, full_inputs, in_order, read_tokens, see, take
 from support.models import hidden_and_head, in_parts, load, make_optimizers, save
 from support.run_folder import NothingToLearn, NotFinite, check_finite
 from toy_env import Problem
@@ -229,24 +229,17 @@ def draw_plan(config: Config, roll: Rollout) -> Plan:
     return Plan(seed, first if config.micro_tokens else [torch.arange(B, device=roll.ids.device)], minis)
 
 
-def in_order(parts: Sequence[Tensor], rows: list[Tensor], T: int) -> Tensor:
-    """(B, T) of parts (b, t), which are of these rows."""
-    whole = torch.cat([pad(part, (0, T - part.shape[1])) for part in parts])
-    return whole[torch.cat(rows).argsort()]
-
-
 @torch.no_grad()
 def score_all(config: Config, policy, reference, critic, roll: Rollout, plan: Plan | None = None) -> Scored:
     """The policy's log-probabilities and entropy, the reference's log-probabilities, the critic's values."""
-    everyone = torch.arange(len(roll.ids), device=roll.ids.device)
-    parts, scored = plan.scored if plan else roll.parts(everyone, config.micro_tokens), []
+    (B, T), scored = roll.ids.shape, []
+    parts = plan.scored if plan else roll.parts(torch.arange(B, device=roll.ids.device), config.micro_tokens)
     for rows in parts:
         these = roll.part(rows, config.micro_tokens > 0)
         log_probs, entropy = score(policy, *these, config.temperature)
         ref_log_probs = score(reference, *these, config.temperature)[0] if reference else None
         values = value(critic, *these) if critic else None
         scored.append((log_probs, entropy, ref_log_probs, values))
-    T = roll.ids.shape[1]
     return Scored(*(None if column[0] is None else in_order(column, parts, T) for column in zip(*scored)))
 
 

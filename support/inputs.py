@@ -142,6 +142,12 @@ def take(inputs: dict[str, Tensor], rows: Tensor, image_ids: list[int] = (),
     return {name: x for name, x in taken.items() if name != "images"}
 
 
+def in_order(parts: list[Tensor], rows: list[Tensor], T: int) -> Tensor:
+    """(B, T) of parts (b, t), which are of these rows."""
+    whole = torch.cat([pad(part, (0, T - part.shape[1])) for part in parts])
+    return whole[torch.cat(rows).argsort()]
+
+
 def read_tokens(tokenizer, ids: Tensor, mask: Tensor, silent=()) -> tuple[list[list[str]], list[str]]:
     """The text of each token of each response, and of the whole. ids, mask (B, T). End-of-sequence and
     padding tokens, the tokenizer's and `silent`, are "". Other special tokens are text: some have <think>."""
