@@ -51,3 +51,9 @@ def mini(tmp_path_factory):
 def coin(monkeypatch):
     """A reward that an untrained miniature gets now and then."""
     monkeypatch.setattr(toy_env, "reward", lambda problem, text: float(len(text) % 2))
+
+
+@pytest.fixture
+def few_tries(monkeypatch):
+    """A problem that cannot be drawn is given up after 5,000 tries: those that can need a few hundred."""
+    monkeypatch.setattr(toy_env, "range", lambda *n: range(*(min(x, 5000) for x in n)), raising=False)

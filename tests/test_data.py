@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import re
 from decimal import Decimal
 from io import BytesIO
+from types import SimpleNamespace
 
 import datasets
 import numpy
@@ -16,6 +18,7 @@ from test_models import FAMILIES, make_model
 import toy_env
 import train_small
 from examples import real_vlm
+from support import curves
 from support.data import dataset_task, from_row
 from support.inputs import encode
 
@@ -53,6 +56,23 @@ def test_a_row_that_only_the_processor_refuses_is_named_once_and_skipped(task, t
     assert "expected one without <|video_pad|>\n" in said and "expected one without <|image_pad|>\n" in said
     assert len(one.held_out) == 1 and said.count("held-out row 1 of the data set is skipped: ") == 2
     assert drawn == [p.question for p in itertools.islice(other.stream, 42)]  # as where a run goes on
+
+
+def test_broken_rows_are_named_once_skipped_and_counted(task, monkeypatch, capsys):
+    features = datasets.Features(image=datasets.Image(), question=datasets.Value("string"),
+                                 answer=datasets.Value("string"))
+    png = features["image"].encode_example(ROW["image"])["bytes"]
+    broken = {3: dict(image=dict(bytes=png[:60])), 5: dict(image=dict(bytes=b"no image")),
+              8: dict(image=Image.new("I;16", (4, 4))), 13: dict(question=None)}
+    rows = [ROW | dict(question=f"{i}?") | broken.get(i, {}) for i in range(18)]
+    made = task(features=features, train=rows, test=[ROW])
+    drawn = [next(made.stream).question for _ in range(28)]  # two passes
+    assert sorted(drawn[:14]) == sorted(drawn[14:]) == sorted({*drawn})
+    named = re.findall(r"row (\d+) of the data set is skipped: \S+", capsys.readouterr().err)
+    assert sorted(map(int, named)) == [*broken]
+    [monkeypatch.setattr(curves, name, print) for name in ("report", "plot")]
+    curves.show(SimpleNamespace(config=train_small.Config(out="here"), task=made), [], ((), ()), 0)
+    assert "4 rows of the data set could not be read" in capsys.readouterr().out
 
 
 def test_pictures_stand_at_their_marks_or_the_row_is_refused(tmp_path):
@@ -100,7 +120,14 @@ def test_what_is_transparent_is_white(mode, key):
     assert half.getpixel((0, 0)) == (204, 204, 255)
 
 
-@pytest.mark.parametrize("wrong", [dict(answer=x) for x in ("", " ", "\n\t", "\xa0", math.nan, -math.inf)] + [
+@pytest.mark.parametrize("answer, expected", [
+    ("7\n", "7"), (7.0, "7"), (7, "7"), (0.1, "0.1"), (" a b ", "a b")])
+def test_answers_are_texts(answer, expected):
+    assert from_row(ROW | dict(answer=answer)).answer == expected
+
+
+@pytest.mark.parametrize("wrong", [dict(answer=x) for x in (
+    "", " ", "\n\t", "\xa0", math.nan, -math.inf, None, ["7"], {"a": 1}, True, b"7")] + [
     dict(image=x) for x in (None, [], [None], "a.png", Image.new("I;16", (4, 4)))])
 def test_no_answer_and_no_picture_are_named(wrong):
     named = "question, answer is 'red[?]', .*: expected" if "answer" in wrong else "image.mode is .* 8 bits"
@@ -139,12 +166,3 @@ def test_rewards_are_numbers_of_any_kind_and_what_is_none_is_named(capsys):
         said = "" if i < len(fine) else f"reward is {given!r} of 'one': expected a number\n"
         assert [*map(type, found)] == [float] * 3 and capsys.readouterr().err == said
         assert found == [1, 0, 1] if i < len(fine) else math.isnan(found[0]) and found[1] == 0
-
-
-@pytest.mark.parametrize("reward", [1, None])
-def test_a_run_takes_any_reward(mini, tmp_path, reward):
-    options = dict(algo="grpo", iterations=1, responses=64, mini_batches=1, max_tokens=40, eval_problems=2)
-    config = train_small.Config(model=str(mini), out=str(tmp_path), device="cpu", **options)
-    task = train_small.toy_task(config)._replace(reward=lambda problem, text: reward)
-    history, _ = train_small.learn(train_small.prepare(config, lambda _: task))
-    assert 0 < history[1]["reward"] < 1 if reward else history[1]["not_finite"] == "reward"

@@ -243,7 +243,7 @@ def test_the_numbers_are_those_of_sapo_and_srpo(browser, monkeypatch):
     rng, worst = random.Random(0), 0.0
     for i, r in enumerate(data_of(PAGE)["responses"]):
         browser.js(f"choose({i})")
-        settings = [{name: rng.choice(values) for name, values in KNOBS.items()} for _ in range(20)]
+        settings = [{name: rng.choice(values) for name, values in KNOBS.items()} for _ in range(5)]
         settings[0] |= dict(ends="entropy", k=30, value_at="start")
         for knobs, seen in zip(settings, browser.js(f"{TURN}({json.dumps(settings)})")):
             ends, methods = expected(r, knobs, seen["code"])
@@ -336,7 +336,8 @@ def test_it_looks_right_on_a_desk_and_on_a_telephone_by_day_and_by_night(browser
         browser.open(PAGE, width, dark)
         assert browser.js("document.documentElement.scrollWidth") == width  # nothing hangs over the edge
         assert browser.js("plot.scrollWidth <= plot.clientWidth")
-        assert min(browser.js(f"data.responses.flatMap((_, i) => (choose(i), {CONTRAST}))")) > 4.4
+        if width > 1000:  # the colours are the same on a telephone
+            assert min(browser.js(f"data.responses.flatMap((_, i) => (choose(i), {CONTRAST}))")) > 4.4
         browser.js("choose(4)")
         size = browser("Page.getLayoutMetrics")["cssContentSize"]
         shot = browser("Page.captureScreenshot", captureBeyondViewport=True, clip=size | dict(scale=1))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
@@ -29,18 +30,19 @@ import toy_env
 import train_small
 from examples import real_vlm
 from results import study
-from support import options, run_folder
+from support import curves, options, run_folder
 from tiny_vlm.teacher import demonstration
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(iterations=4, responses=8, mini_batches=2, critic_warmup=1, operands=2,
-             max_tokens=12, lr=1e-3, critic_lr=1e-3, head_lr=1e-2, eval_problems=4, eval_every=2,
+             max_tokens=8, lr=1e-3, critic_lr=1e-3, head_lr=1e-2, eval_problems=4, eval_every=2,
              device="cpu")
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(curves, "plot", lambda out: (out / "curves.png").touch())  # it takes a second
 
 
 def small(model, out, **changes):
@@ -75,141 +77,6 @@ def same_weights(one, other):
     critics = [torch.load(x / "critic.pt", weights_only=True) for x in (one, other)]
     return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
                for a, b in (policies, critics))
-
-
-# -------------------------------------------------------------------------------------- killed, and continued
-SERVER = """
-import conftest, os, sys, time, toy_env, traceback, train_small
-toy_env.reward = lambda problem, text: float(len(text) % 2)  # an untrained model gets some
-os.fsync = lambda number: time.sleep(0.15 * os.readlink(f"/proc/self/fd/{number}").endswith("point.tmp"))
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        log, code = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 0
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.argv = ["train_small.py", *line.split()]
-        try:
-            train_small.main()
-        except BaseException as stop:
-            code = stop.code if isinstance(stop, SystemExit) else traceback.print_exc() or 99
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The command in processes of its own, which are forked when all is imported. -> start(...), finish()"""
-    folder = tmp_path_factory.mktemp("server")
-    places = os.pathsep.join(map(str, (ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", ""))))
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=places, TQDM_DISABLE="1")
-    process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def start(*arguments):
-        print(*arguments, file=process.stdin, flush=True)
-        return int(process.stdout.readline())
-
-    def finish():
-        status = int(process.stdout.readline())
-        return os.waitstatus_to_exitcode(status), (folder / "log").read_text()
-
-    yield start, finish
-    process.kill()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(server, mini, tmp_path_factory):
-    start, finish = server
-    out, began = tmp_path_factory.mktemp("whole") / "run", time.time()
-    start(*flags(model=mini, out=out, save=True, **SMALL | dict(iterations=8)))
-    assert finish()[0] == 0
-    rows = metrics(out)
-    assert [row["iteration"] for row in rows] == [*range(9)] and rows[-1]["kl_to_start"] != 0
-    return out, time.time() - began
-
-
-def test_killed_at_twenty_moments_it_ends_as_if_it_never_was(server, uninterrupted, mini, tmp_path):
-    (start, finish), (whole, seconds), rng, out = server, uninterrupted, random.Random(0), tmp_path / "run"
-    begin = flags(model=mini, out=out, save=True, **SMALL | dict(iterations=8))
-    kills, torn = 0, 0
-    while True:
-        pid = start(*([f"--resume={out}"] if (out / "run.json").exists() else begin))
-        if kills < 20:
-            writes = kills % 2  # each second time, while a checkpoint is being written
-            until = time.time() + (seconds / 2 if writes else rng.uniform(0.0, min(1.0, seconds / 4)))
-            while time.time() < until and not (writes and (out / "checkpoint.tmp").exists()):
-                time.sleep(0.0005)
-            os.kill(pid, signal.SIGKILL)
-        code, log = finish()
-        if code != -signal.SIGKILL:
-            assert code == 0, log
-            if kills >= 20:
-                break
-            assert metrics(out) == metrics(whole) and same_weights(out, whole)  # it was faster: once more
-            shutil.rmtree(out)
-        kills += 1
-        torn += (out / "checkpoint.tmp").exists()
-    assert metrics(out) == metrics(whole) and same_weights(out, whole)
-    assert torn > 0  # some while a checkpoint was being written
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_iteration_and_saves(server, uninterrupted, mini, tmp_path, monkeypatch, number):
-    (start, finish), (whole, _), out = server, uninterrupted, tmp_path / "run"
-    pid = start(*flags(model=mini, out=out, save=True, **SMALL | dict(iterations=8)))
-    while not out.exists() or not any(out.glob("checkpoint-*.pt")):
-        time.sleep(0.02)
-    assert command(monkeypatch, f"--resume={out}") == 2  # another process works there
-    os.kill(pid, number)
-    code, log = finish()
-    last = len(metrics(out)) - 1
-    assert code == 130 and "Traceback" not in log and last < 8
-    assert f"stopped after iteration {last}. Go on from the last checkpoint" in log
-    assert f"--resume {out}" in log
-    assert (out / f"checkpoint-{last:05}.pt").exists()
-    start(f"--resume={out}")
-    code, log = finish()
-    assert code == 0, log
-    assert metrics(out) == metrics(whole) and same_weights(out, whole)
-    seconds = [json.loads(line)["seconds"] for line in open(out / "metrics.jsonl")]
-    assert seconds == sorted(seconds)  # they go on as well
-    made = json.loads((out / "run.json").read_text())
-    assert len(made["parts"]) == 2 and made["config"]["lam"] == 0.99
-    assert {"command", "commit", "torch", "transformers", "device"} <= made["parts"][0].keys()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["make_optimizers", "rollout", "step"])
-def test_a_signal_before_the_first_iteration_or_a_second_one_is_obeyed_at_once(
-        finished, mini, tmp_path, monkeypatch, capsys, number, where):
-    out, went_on, kill = tmp_path / "run", [], lambda: os.kill(os.getpid(), number)
-    handlers, begin = lambda: [*map(signal.getsignal, (2, 15))], flags(model=mini, out=out, **SMALL)
-    before = handlers()
-    with pytest.MonkeyPatch.context() as patch:
-        killed = lambda *_, **__: (where == "step" and kill(), kill(), went_on.append(1))
-        patch.setattr(train_small, where, killed)
-        assert command(monkeypatch, *begin) == 130
-    assert "train_small.py: stopped" in capsys.readouterr().err.splitlines()[-1] and not went_on
-    assert command(monkeypatch, *(begin if where == "make_optimizers" else [f"--resume={out}"])) == 0
-    assert metrics(out) == metrics(finished) and handlers() == before and str(out) not in run_folder.LOCKS
-
-
-def test_a_data_set_goes_on_where_it_was(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(real_vlm, "reward", lambda problem, text: float(len(text) % 2))
-    (tmp_path / "data").mkdir()
-    toy_env.make_dataset(21, operands=2).to_parquet(tmp_path / "data" / "train.parquet")
-    config = small(mini, tmp_path / "whole", dataset=str(tmp_path / "data"), responses=6)
-    texts = train_small.learn(real_vlm.begin(config))[1]
-    run = real_vlm.begin(replace(config, out=str(tmp_path / "run")))
-    train_small.learn(run, stop=lambda: (tmp_path / "run" / "checkpoint-00002.pt").exists())
-    assert len(metrics(tmp_path / "run")) == 3
-    again = replace(config, resume=str(tmp_path / "run"), out=None)
-    for _ in range(2):  # from the middle, then from the end
-        assert train_small.learn(real_vlm.begin(again))[1] == texts and texts[0] != texts[1]
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------------------ checkpoints and folders
@@ -305,19 +172,21 @@ def test_a_damaged_run_is_one_line_before_any_work(finished, tmp_path, monkeypat
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["tiny_vlm", "tiny_vlm/wordy"])
-def test_a_checkout_may_move(mini, tmp_path, monkeypatch, name):
-    here, there, out = tmp_path / "here", tmp_path / "there", tmp_path / "run"
-    shutil.copytree(mini, here / name)
+def test_a_checkout_may_move(mini, tmp_path, monkeypatch):
+    here, there, names = tmp_path / "here", tmp_path / "there", ("tiny_vlm", "tiny_vlm/wordy")
     monkeypatch.setattr(run_folder, "ROOT", here)
-    assert command(monkeypatch, *flags(model=here / name, out=out, **SMALL)) == 0
-    assert f'"model": "{name}"' in (out / "run.json").read_text()
+    for i, name in enumerate(names):
+        shutil.copytree(mini, here / name)
+        train_small.prepare(small(here / name, tmp_path / f"{i}", iterations=1, critic_warmup=0))
     here.rename(there)
     monkeypatch.setattr(run_folder, "ROOT", there)
-    assert command(monkeypatch, f"--resume={out}", "--iterations=5") == 0
-    for model, now in ((here / name, there / name), (f"me/{name}", f"me/{name}"), (mini, mini)):
-        swap('"model": "[^"]*"', f'"model": "{model}"')(out / "run.json")  # the first: as older runs say it
-        assert run_folder.settings(out)["config"]["model"] == str(now)
+    for i, name in enumerate(names):
+        out = tmp_path / f"{i}"
+        assert f'"model": "{name}"' in (out / "run.json").read_text()
+        assert command(monkeypatch, f"--resume={out}") == 0
+        for model, now in ((here / name, there / name), (f"me/{name}", f"me/{name}"), (mini, mini)):
+            swap('"model": "[^"]*"', f'"model": "{model}"')(out / "run.json")  # the first: as of older runs
+            assert run_folder.settings(out)["config"]["model"] == str(now)
 
 
 def test_nothing_is_written_where_something_is(finished, mini, tmp_path, monkeypatch, capsys):
@@ -372,61 +241,52 @@ def test_a_full_disk_keeps_the_last_checkpoint(mini, tmp_path, monkeypatch, caps
 
 
 # ------------------------------------------------------------------------------------------------ bad numbers
-def spoil(module, name, change, times):
-    """A function whose result is changed at some of its calls."""
-    function, calls = getattr(module, name), []
-
-    def spoiled(*args, **kwargs):
-        calls.append(name)
-        result = function(*args, **kwargs)
-        return change(result) if len(calls) in times else result
-
-    return module, name, spoiled
+def spoil(module, name, change):
+    """A function, and what it becomes: its result is changed."""
+    function = getattr(module, name)
+    return module, name, lambda *args, **kwargs: change(function(*args, **kwargs))
 
 
 NAN = {
-    "loss": lambda times: spoil(sapo, "policy_loss", lambda x: (x[0] * math.nan, x[1]), times),
-    "value_loss": lambda times: spoil(sapo, "value_loss", lambda x: x * math.inf, times),
-    "log_probs": lambda times: spoil(train_small, "score", lambda x: (x[0] * math.nan, x[1]), times),
-    "values": lambda times: spoil(train_small, "value", lambda x: x * math.nan, times),
-    "reward": None,  # the task's
-    "grad_norm": lambda times: spoil(torch.nn.utils, "clip_grad_norm_", lambda x: x * math.nan, times),
+    "loss": spoil(sapo, "policy_loss", lambda x: (x[0] * math.nan, x[1])),
+    "value_loss": spoil(sapo, "value_loss", lambda x: x * math.inf),
+    "log_probs": spoil(train_small, "score", lambda x: (x[0] * math.nan, x[1])),
+    "values": spoil(train_small, "value", lambda x: x * math.nan),
+    "reward": (train_small.Task, "reward", lambda *_: math.nan),
+    "grad_norm": spoil(torch.nn.utils, "clip_grad_norm_", lambda x: x * math.nan),
 }
 
 
-@pytest.mark.parametrize("name", NAN)
-def test_no_step_is_taken_with_what_is_not_finite(mini, tmp_path, monkeypatch, name):
-    changes = dict(critic_warmup=0, mini_batches=1, eval_every=9, kl_coef=0.0)
-    weights, config = {}, small(mini, tmp_path / "run", **changes)
-    keep = lambda i, policy, critic, *_: weights.update(
-        {i: [p.detach().clone() for m in (policy, critic) for p in m.parameters()]})
-    guarded = run_folder.guarded
+def test_no_step_is_taken_with_what_is_not_finite(mini, tmp_path, monkeypatch, coin):
+    names = [name for each in NAN for name in (None, each)] + [None]  # of what is spoiled, in each iteration
+    weights, guarded = [], run_folder.guarded
+    changes = dict(iterations=len(names), critic_warmup=0, mini_batches=1, eval_every=99, kl_coef=0.0)
 
-    def second(step, run, i):  # the second iteration alone is spoiled
+    def spoiled(step, run, i):
+        name = names[i - 1]
         with pytest.MonkeyPatch.context() as patch:
-            if i == 2 and name == "reward":
-                run = run._replace(task=run.task._replace(reward=lambda *_: math.nan))
-            elif i == 2:
-                patch.setattr(*NAN[name](range(1, 99)))
+            if name:
+                patch.setattr(*NAN[name])
             result = guarded(step, run, i)
-        keep(i, run.policy, run.critic)
-        assert not any(p.grad is not None for m in (run.policy, run.critic) for p in m.parameters())
+        parameters = [p for model in (run.policy, run.critic) for p in model.parameters()]
+        assert not any(p.grad is not None for p in parameters)
+        weights.append([p.detach().clone() for p in parameters])
         return result
 
-    monkeypatch.setattr(run_folder, "guarded", second)
-    monkeypatch.setattr(toy_env, "reward", lambda problem, text: float(len(text) % 2))
-    history, _ = train_small.learn(train_small.prepare(config))
-    assert [row.get("not_finite") for row in history[1:]] == [None, name, None, None]
-    assert all(torch.equal(a, b) for a, b in zip(weights[1], weights[2]))
-    assert not all(torch.equal(a, b) for a, b in zip(weights[2], weights[3]))
-    kept = torch.load(tmp_path / "run" / "not-finite-2.pt", weights_only=True)
-    assert kept["quantity"] == name and len(kept["texts"]) == 8
-    assert kept["ids"].shape == kept["log_probs"].shape
+    monkeypatch.setattr(run_folder, "guarded", spoiled)
+    history, _ = train_small.learn(train_small.prepare(small(mini, tmp_path / "run", **changes)))
+    assert [row.get("not_finite") for row in history[1:]] == names
+    for i, name in enumerate(names[1:], 1):  # the others move them
+        assert all(map(torch.equal, weights[i], weights[i - 1])) == (name is not None)
+        if name:
+            kept = torch.load(tmp_path / "run" / f"not-finite-{i + 1}.pt", weights_only=True)
+            assert kept["quantity"] == name and len(kept["texts"]) == 8
+            assert kept["ids"].shape == kept["log_probs"].shape
 
 
 def test_three_times_in_a_row_end_the_run(mini, tmp_path, monkeypatch, capsys):
     out, bad, good = tmp_path / "a run", dict(iteration=1, not_finite="loss"), dict(iteration=2)
-    monkeypatch.setattr(*NAN["value_loss"](range(1, 99)))
+    monkeypatch.setattr(*NAN["value_loss"])
     assert command(monkeypatch, *flags(model=mini, out=out, **SMALL)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "value_loss was not finite three times in a row" in said and "--critic-lr" in said
@@ -471,14 +331,14 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=" ".join)
-def test_a_bad_setting_is_one_line_before_any_work(arguments, tmp_path, monkeypatch, capsys):
+def test_a_bad_setting_is_one_line_before_any_work(arguments, tmp_path, monkeypatch, capsys, few_tries):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("no folder")
     assert command(monkeypatch, *arguments, how=REAL * ("--dataset=./nowhere" in arguments)) == 2
     said, name = capsys.readouterr(), arguments[-1].split("=")[0][2:]
     named = {"nonsense": "nonsense", "prior": "operators"}.get(name, name) if len(arguments) == 3 else name
     assert said.err.count("\n") == 1 and "Traceback" not in said.err and not said.out
-    assert re.search(named.replace("-", "[-_]"), said.err) or isinstance(arguments, str), said.err
+    assert re.search(named.replace("-", "[-_]"), said.err), said.err
     assert {x.name for x in tmp_path.iterdir()} <= {"README.md", "cache"}
 
 
@@ -499,66 +359,29 @@ def test_a_bad_model_is_one_line(mini, tmp_path, monkeypatch, capfd, what):
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     else:
         table = load_file(weights)
-        name = "lm_head.weight" if "lm_head.weight" in table else min(table)
-        table[name] = table[name][:-1]
-        save_file({k: v for k, v in table.items() if what == "another shape" or k != name}, weights,
-                  metadata=dict(format="pt"))
+        name, value = table.popitem()
+        table |= {name: value[:-1]} if what == "another shape" else {}
+        save_file(table, weights, metadata=dict(format="pt"))
     assert command(monkeypatch, *flags(model=folder, out=tmp_path / "run", **SMALL)) == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert f"model is '{folder}': expected" in last and not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------- data sets
-@pytest.mark.parametrize("what, said", [
-    ("empty", "with 0 rows: expected at least 8"), ("too small", "with 11 rows: expected at least 8"),
-    ("no answers", "expected a column 'answer'"), ("an answer of None", "an answer that is None")])
-def test_a_bad_data_set_is_one_line(mini, tmp_path, monkeypatch, capsys, what, said):
-    rows = toy_env.make_dataset(30, operands=2)
-    rows = {"empty": rows.select([]), "too small": rows.select(range(11)),
-            "no answers": rows.remove_columns("answer")}.get(what, rows)
-    if what == "an answer of None":
-        rows = rows.map(lambda row, i: dict(answer=None if i == 7 else row["answer"]), with_indices=True)
+@pytest.mark.parametrize("change, said", [
+    (lambda rows: rows.select([]), ""),
+    (lambda rows: rows.select(range(11)), "with 11 rows: expected at least 8"),
+    (lambda rows: rows.remove_columns("answer"), "expected a column 'answer'"),
+    (lambda rows: rows.map(lambda row, i: dict(answer=row["answer"] if i - 7 else None), with_indices=True),
+     "an answer that is None")], ids=["empty", "too small", "no answers", "an answer of None"])
+def test_a_bad_data_set_is_one_line(mini, tmp_path, monkeypatch, capsys, change, said):
     (tmp_path / "data").mkdir()
-    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    change(toy_env.make_dataset(30, operands=2)).to_parquet(tmp_path / "data" / "train.parquet")
     capsys.readouterr()
     changes = dict(SMALL, model=mini, dataset=tmp_path / "data", out=tmp_path / "run")
     assert command(monkeypatch, *flags(**changes), how=REAL) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert (said in last or what == "empty") and "dataset is" in last and not (tmp_path / "run").exists()
-
-
-def test_broken_rows_are_named_skipped_and_counted(mini, tmp_path, monkeypatch, capsys, coin):
-    rows = toy_env.make_dataset(24, operands=2).cast_column("image", datasets.Image(decode=False))
-    deep = BytesIO()
-    toy_env.make_problem(0).image.convert("I;16").save(deep, "PNG")
-    table = rows.to_dict()
-    table["image"][3]["bytes"] = table["image"][3]["bytes"][:60]
-    table["image"][5]["bytes"] = b"no image"
-    table["image"][8]["bytes"] = deep.getvalue()
-    table["question"][13] = None
-    broken = datasets.Dataset.from_dict(table, features=rows.features)
-    splits = {"train": broken, "test": rows.select(range(18, 24))}
-    (tmp_path / "data").mkdir()
-    for name, split in splits.items():
-        split.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data" / f"{name}.parquet")
-    changes = dict(SMALL, iterations=7, model=mini, dataset=tmp_path / "data", out=tmp_path / "run")
-    assert command(monkeypatch, *flags(**changes), how=REAL) == 0
-    said = capsys.readouterr()
-    named = re.findall(r"row (\d+) of the data set is skipped: \S+", said.err)
-    assert sorted(map(int, named)) == [3, 5, 8, 13]  # once, though there are two passes
-    assert "4 rows of the data set could not be read" in said.out and len(metrics(tmp_path / "run")) == 8
-
-
-@pytest.mark.parametrize("answer, expected", [
-    ("7\n", "7"), (7.0, "7"), (7, "7"), (0.1, "0.1"), (" a b ", "a b")])
-def test_answers_are_texts(answer, expected):
-    from support.data import from_row
-
-    row = dict(image=toy_env.make_problem(0).image, question="?", answer=answer)
-    assert from_row(row).answer == expected
-    for bad in (None, ["7"], {"a": 1}, True, b"7"):
-        with pytest.raises(ValueError, match="question, answer is"):
-            from_row(row | dict(answer=bad))
+    assert said in last and "dataset is" in last and not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------ hostile responses
@@ -576,14 +399,14 @@ def second_parser(response):
     return None if rest.strip() else blocks
 
 
-def test_a_hundred_thousand_hostile_responses():
-    rng, right, parsed = random.Random(0), 0, 0
+def test_thousands_of_hostile_responses():
+    rng, right, parsed, faithful = random.Random(0), 0, 0, 0
     junk = [*toy_env.TAGS, "<answer", "answer>", "< answer >", "<ANSWER>", "</think><think>",
-            *"٣３²−×=,+\n\0\ud800\u2028\u200b", "-0", "9" * 400, "red 4", "<think><answer>", "i see ", "so "]
+            "<think><answer>", *"٣３²−×=,+\n\0\ud800\u2028\u200b", "-0", "9" * 5000, "red 4", "i see ", "so ", ""]
     kinds = [*toy_env.OPENED]
-    problems = [toy_env.make_problem(i, operands=2, openings=kinds[i % 3]) for i in range(200)]
+    problems = [toy_env.make_problem(i, 2, operators="+-×", openings=kinds[i % 3]) for i in range(200)]
     texts = [re.split("([<>\n])", demonstration(p, rng, 0.1, 0.1, 0.1)) for p in problems]
-    for i in range(100_000):
+    for i in range(20_000):
         problem, parts = problems[i % 200], list(texts[i % 200])
         for _ in range(rng.choice((0, 1, 1, 2, 9))):
             j, k = sorted(rng.choices(range(len(parts) + 1), k=2))
@@ -595,21 +418,32 @@ def test_a_hundred_thousand_hostile_responses():
         is_right = blocks is not None and blocks[2].strip() == problem.answer
         assert toy_env.reward(problem, response) == is_right >= toy_env.faithful(problem, response)
         right, parsed = right + is_right, parsed + (blocks is not None)
-        if i % 10 == 0:
+        if i % 11 == 0:
             roles = srpo.split_roles([parts], torch.ones(1, len(parts)))
             for role, block in zip(roles, blocks or ["", ""]):
                 inside = "".join(part for part, on in zip(parts, role[0]) if on)
                 assert inside in block and len(inside) >= len(block) - 2 * max(map(len, parts))
-    assert 10_000 < right < parsed < 90_000
+            judged = toy_env.statements(problem, response)
+            starts = [s.start for s in judged]
+            assert starts == sorted(starts) and all(0 <= s.start <= s.end <= len(response) for s in judged)
+            assert all(s.true for s in judged) == toy_env.faithful(problem, response)
+            assert 0 <= toy_env.perception(problem, response) <= 1
+            toy_env.blame(problem, response, parts, [0.0] * len(parts))
+            faithful += toy_env.faithful(problem, response)
+    assert 2_000 < right < parsed < 18_000 and 200 < faithful < 1_500
 
 
-@pytest.mark.parametrize("unit", ["a", "<", "<answer>", "\n", "٣", "\\boxed{"])
-def test_a_megabyte_is_read_in_no_time(unit):
-    line, start = unit * (2**20 // len(unit)), time.process_time()
-    for response in (line, f"<perception>{line}</perception> <think> </think> <answer>{line}</answer>"):
-        assert toy_env.reward(toy_env.make_problem(0), response) == 0
+@pytest.mark.parametrize("unit", [
+    "a", " ", "9", "-", ",", "\n", " \n", "red 3,", "red ", "1 + ", "1 - red 1 = 1\n", "<", "<think>",
+    "<answer>", "٣", "\\boxed{"])
+def test_reading_takes_linear_time(unit):
+    line, problem, start = unit * (2**17 // len(unit)), toy_env.make_problem(0), time.process_time()
+    block = "<perception>{}</perception> <think>{}</think> <answer>{}</answer>"
+    blocks = [block.format(*parts) for parts in ((line, "", ""), ("", line, ""), ("", "", line))]
+    for response in (line, "<perception>" + line, *blocks):
+        assert toy_env.reward(problem, response) == 0 and toy_env.first_error(problem, response)
         srpo.split_roles([[response]], torch.ones(1, 1))
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 2  # one quadratic match takes longer
 
 
 # ----------------------------------------------------------------------------------------- what a person sees
@@ -648,7 +482,8 @@ def test_the_model_is_saved_before_anything_is_shown(mini, tmp_path, monkeypatch
     shown = TextIOWrapper(BytesIO() if trouble == "ascii" else Closed(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", StringIO() if "notebook" in trouble else shown)
     with ThreadPoolExecutor() as threads:
-        code = threads.submit(command, monkeypatch, *flags(model=mini, out=out, save=True, **SMALL)).result()
+        its = flags(model=mini, out=out, save=True, **SMALL | dict(iterations=1, critic_warmup=0))
+        code = threads.submit(command, monkeypatch, *its).result()
     assert code == (trouble == "closed")
     assert (out / "model" / "model.safetensors").exists() and (out / "critic.pt").exists()
     assert (out / "curves.png").exists() == (trouble != "closed")
@@ -676,11 +511,14 @@ def test_tables_are_shown_where_only_ascii_is_known(monkeypatch):
     assert sys.stdout.buffer.getvalue() == b"0.5 ? 0.6\n\n"
 
 
-def test_torchvision_for_another_torch_is_named(tmp_path):
+def test_torchvision_for_another_torch_is_named(tmp_path, monkeypatch):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    its = dict(cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(tmp_path)), capture_output=True)
-    said = subprocess.run([sys.executable, "train_small.py"], **its).stderr
-    assert re.fullmatch(b"torchvision does not fit torch .*: pip uninstall torchvision\n", said)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(SystemExit, match="torchvision does not fit torch .*: pip uninstall torchvision"):
+        runpy.run_path(run_folder.__file__)
+    before = Path(train_small.__file__).read_text(encoding="utf-8").split("\nfrom support import")[0]
+    assert not re.search("^from transformers import", before, re.M)  # which would look for torchvision first
 
 
 def test_random_numbers_of_a_mac_are_kept_too(monkeypatch):
@@ -691,3 +529,145 @@ def test_random_numbers_of_a_mac_are_kept_too(monkeypatch):
     before, first, mac.state = run_folder.random_numbers(), torch.rand(3), 0
     run_folder.random_numbers(before)
     assert mac.state == 7 and torch.equal(torch.rand(3), first)
+
+
+# -------------------------------------------------------------------------------------- killed, and continued
+SERVER = """
+import conftest, os, sys, time, toy_env, traceback, train_small
+train_small.curves.plot = print
+toy_env.reward = lambda problem, text: float(len(text) % 2)  # an untrained model gets some
+os.fsync = lambda number: time.sleep(0.05 * os.readlink(f"/proc/self/fd/{number}").endswith("point.tmp"))
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        log, code = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 0
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.argv = ["train_small.py", *line.split()]
+        try:
+            train_small.main()
+        except BaseException as stop:
+            code = stop.code if isinstance(stop, SystemExit) else traceback.print_exc() or 99
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)  # it imports while other tests run
+def server(tmp_path_factory):
+    """The command in processes of its own, which are forked when all is imported. -> start(...), finish()"""
+    folder = tmp_path_factory.mktemp("server")
+    places = os.pathsep.join(map(str, (ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", ""))))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=places, TQDM_DISABLE="1")
+    process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def start(*arguments):
+        print(*arguments, file=process.stdin, flush=True)
+        return int(process.stdout.readline())
+
+    def finish():
+        status = int(process.stdout.readline())
+        return os.waitstatus_to_exitcode(status), (folder / "log").read_text()
+
+    yield start, finish
+    process.kill()
+
+
+LONGER = SMALL | dict(iterations=8, eval_every=3, save=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, mini, tmp_path_factory):
+    start, finish = server
+    out, began = tmp_path_factory.mktemp("whole") / "run", time.time()
+    start(*flags(model=mini, out=out, **LONGER))
+    assert finish()[0] == 0
+    rows = metrics(out)
+    assert [row["iteration"] for row in rows] == [*range(9)] and rows[-1]["kl_to_start"] != 0
+    return out, time.time() - began
+
+
+def test_killed_at_eight_moments_it_ends_as_if_it_never_was(server, uninterrupted, mini, tmp_path):
+    (start, finish), (whole, seconds), rng, out = server, uninterrupted, random.Random(0), tmp_path / "run"
+    begin, kills, torn = flags(model=mini, out=out, **LONGER), 0, 0
+    checkpoints = lambda: {*out.glob("checkpoint-*.pt")}
+    while True:
+        old, pid = checkpoints(), start(*([f"--resume={out}"] if (out / "run.json").exists() else begin))
+        if kills < 8:
+            writes = kills % 2  # each second time, while the second checkpoint from here is being written
+            until = time.time() + (2 * seconds if writes else rng.uniform(0.0, seconds / 2))
+            while time.time() < until and not (writes and (out / "critic.pt").exists()):
+                if writes and (out / "checkpoint.tmp").exists() and checkpoints() - old:
+                    break
+                time.sleep(0.0005)
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, signal.SIGKILL)
+        code, log = finish()
+        if code != -signal.SIGKILL:
+            assert code == 0, log
+            if kills >= 8:
+                break
+            assert metrics(out) == metrics(whole) and same_weights(out, whole)  # it was faster: once more
+            shutil.rmtree(out)
+        kills += 1
+        torn += (out / "checkpoint.tmp").exists()
+    assert metrics(out) == metrics(whole) and same_weights(out, whole)
+    assert torn > 0  # some while a checkpoint was being written
+
+
+def test_a_signal_ends_the_iteration_and_saves(server, uninterrupted, mini, tmp_path, monkeypatch):
+    (start, finish), (whole, _), out = server, uninterrupted, tmp_path / "run"
+    arguments, rows = flags(model=mini, out=out, **LONGER), 1
+    for number in (signal.SIGINT, signal.SIGTERM):
+        pid, log = start(*arguments), out / "metrics.jsonl"
+        while not log.exists() or log.read_bytes().count(b"\n") <= rows:
+            time.sleep(0.02)
+        assert command(monkeypatch, f"--resume={out}") == 2  # another process works there
+        os.kill(pid, number)
+        code, said = finish()
+        rows, arguments = len(metrics(out)), [f"--resume={out}"]
+        assert code == 130 and "Traceback" not in said and rows < 9
+        assert f"stopped after iteration {rows - 1}. Go on from the last checkpoint" in said
+        assert f"--resume {out}" in said and (out / f"checkpoint-{rows - 1:05}.pt").exists()
+    start(*arguments)
+    code, said = finish()
+    assert code == 0, said
+    assert metrics(out) == metrics(whole) and same_weights(out, whole)
+    seconds = [json.loads(line)["seconds"] for line in open(out / "metrics.jsonl")]
+    assert seconds == sorted(seconds)  # they go on as well
+    made = json.loads((out / "run.json").read_text())
+    assert len(made["parts"]) == 3 and made["config"]["lam"] == 0.99
+    assert {"command", "commit", "torch", "transformers", "device"} <= made["parts"][0].keys()
+
+
+@pytest.mark.parametrize("where, number", [
+    ("make_optimizers", signal.SIGTERM), ("rollout", signal.SIGINT), ("step", signal.SIGTERM)])
+def test_a_signal_before_the_first_iteration_or_a_second_one_is_obeyed_at_once(
+        finished, mini, tmp_path, monkeypatch, capsys, where, number):
+    out, went_on, kill = tmp_path / "run", [], lambda: os.kill(os.getpid(), number)
+    handlers, begin = lambda: [*map(signal.getsignal, (2, 15))], flags(model=mini, out=out, **SMALL)
+    before = handlers()
+    with pytest.MonkeyPatch.context() as patch:
+        killed = lambda *_, **__: (where == "step" and kill(), kill(), went_on.append(1))
+        patch.setattr(train_small, where, killed)
+        assert command(monkeypatch, *begin) == 130
+    assert "train_small.py: stopped" in capsys.readouterr().err.splitlines()[-1] and not went_on
+    assert command(monkeypatch, *(begin if where == "make_optimizers" else [f"--resume={out}"])) == 0
+    assert metrics(out) == metrics(finished) and handlers() == before and str(out) not in run_folder.LOCKS
+
+
+def test_a_data_set_goes_on_where_it_was(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(real_vlm, "reward", lambda problem, text: float(len(text) % 2))
+    (tmp_path / "data").mkdir()
+    toy_env.make_dataset(21, operands=2).to_parquet(tmp_path / "data" / "train.parquet")
+    config = small(mini, tmp_path / "whole", dataset=str(tmp_path / "data"), responses=6)
+    texts = train_small.learn(real_vlm.begin(config))[1]
+    run = real_vlm.begin(replace(config, out=str(tmp_path / "run")))
+    train_small.learn(run, stop=lambda: (tmp_path / "run" / "checkpoint-00002.pt").exists())
+    assert len(metrics(tmp_path / "run")) == 3
+    again = replace(config, resume=str(tmp_path / "run"), out=None)
+    for _ in range(2):  # from the middle, then from the end
+        assert train_small.learn(real_vlm.begin(again))[1] == texts and texts[0] != texts[1]
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

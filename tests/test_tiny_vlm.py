@@ -28,12 +28,11 @@ def test_tokenizer_round_trips_all_there_is_to_say(kinds):
             assert tokenizer.unk_token_id not in ids
 
 
-def test_labels_say_whether_all_statements_so_far_are_true(monkeypatch):
-    problems, faulty, draw = [], 0, toy_env.make_problem
-    keep = lambda *args, **level: problems.append(draw(*args, **level)) or problems[-1]
-    monkeypatch.setattr(toy_env, "make_problem", keep)
-    processor = make.make_processor()
-    inputs, ids, mask, true_so_far = make.batch(processor, random.Random(0), 40, operands=3)
+def test_labels_say_whether_all_statements_so_far_are_true():
+    processor, faulty = make.make_processor(), 0
+    model = make.make_model(processor.tokenizer, width=32, layers=1, vision_layers=1)
+    problems, responses = make.draw(random.Random(0), 40, operands=3)
+    ids, mask, true_so_far = make.tokenise(model, processor, problems, responses)
     lengths = mask.sum(1).tolist()
     for problem, n, tokens, labels in zip(problems, lengths, ids.tolist(), true_so_far.tolist()):
         pieces = [processor.tokenizer.decode([t], skip_special_tokens=True) for t in tokens[:n]]
@@ -42,7 +41,7 @@ def test_labels_say_whether_all_statements_so_far_are_true(monkeypatch):
         assert labels[:n] == [all(end < f for f in false) for end in ends]
         assert tokens[n - 1] == processor.tokenizer.eos_token_id
         faulty += bool(false)
-    assert len(problems) == 40 and 0 < faulty < 40 and inputs["pixel_values"].shape == (40, 3, 48, 48)
+    assert len(problems) == 40 and 0 < faulty < 40
 
 
 def test_make_writes_a_model_that_loads_and_its_card(tmp_path, monkeypatch):
@@ -52,7 +51,9 @@ def test_make_writes_a_model_that_loads_and_its_card(tmp_path, monkeypatch):
     make.main(f"--out {tmp_path} --steps 30 --vision-steps 3 --card-problems 2 --device cpu".split())
     config = train_small.complete(train_small.Config(algo="grpo", model=str(tmp_path), device="cpu"))
     policy, processor, *_ = train_small.load(config)
-    inputs, ids, mask, _ = make.batch(processor, random.Random(1), 32, operands=3)
+    problems, responses = make.draw(random.Random(1), 32, operands=3)
+    ids, mask, _ = make.tokenise(policy, processor, problems, responses)
+    inputs = train_small.see(policy, processor, make.TASK, problems)
     with torch.no_grad():
         imitation = -train_small.score(policy, inputs, ids, mask.bool())[0][mask == 1].mean()
     assert imitation < 3.95  # 4.2 before; it predicts the token that comes next
@@ -66,9 +67,9 @@ def test_a_model_that_goes_on_learns_new_words(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "pretrain_vision", None)  # it sees already
     small = make.make_model(make.make_processor().tokenizer, width=32, layers=1, vision_layers=1)
     small.save_pretrained(tmp_path / "base")
-    drawn, draw = [], make.batch
+    drawn, draw = [], make.draw
     keep = lambda *args, **teacher: drawn.append(teacher) or draw(*args, **teacher)
-    monkeypatch.setattr(make, "batch", keep)
+    monkeypatch.setattr(make, "draw", keep)
     options = "--steps 2 --lr 1e-9 --openings none many --guess 0.5 --card-problems 2 --device cpu"
     make.main(f"--base {tmp_path / 'base'} --out {tmp_path / 'more'} {options}".split())
     assert all(teacher == dict(openings=["none", "many"], guess=0.5) for teacher in drawn) and len(drawn) > 2

@@ -7,7 +7,6 @@ import itertools
 import random
 import re
 import sys
-import time
 from fractions import Fraction
 
 import datasets
@@ -126,7 +125,7 @@ def test_image_shows_the_cells():
     ("split", "test", "'train' or 'eval'", {}), ("openings", "all", "'none', 'few' or 'many'", {}),
     ("operators", "×", "some that keep the results of 3 numbers from 10 to 20 in", dict(low=10, high=20)),
 ])
-def test_bad_difficulty_is_an_error(name, value, expected, others):
+def test_bad_difficulty_is_an_error(name, value, expected, others, few_tries):
     level = dict(zip(name.split(", "), value)) if ", " in name else {name: value}
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}: expected {expected}")):
         toy_env.make_problem(0, **level, **others)
@@ -217,8 +216,8 @@ format | <perception> R </perception> <think> A¶B </think> <answer> 30 </answer
 """
 
 
-@pytest.mark.parametrize("row", SLIPS[1:-1].split("\n"))
-def test_each_slip_is_one_false_statement(row):
+def slipped(row):
+    """The kinds of a row of SLIPS, and GOOD with its replacements, « » and all."""
     for short, long in zip("RAB", (READ, A, B)):
         row = re.sub(rf"\b{short}\b", long, row)
     kinds, *replacements = row.split(" | ")
@@ -226,11 +225,17 @@ def test_each_slip_is_one_false_statement(row):
     for old, new in (r.split(" → ") for r in replacements):
         assert marked.count(old) == 1
         marked = marked.replace(old, new)
+    return kinds.split(), marked.replace("¶", "\n")
+
+
+@pytest.mark.parametrize("row", SLIPS[1:-1].split("\n"))
+def test_each_slip_is_one_false_statement(row):
+    kinds, marked = slipped(row)
     spans = [(m.start() - 2 * i, m.end() - 2 * i - 2) for i, m in enumerate(re.finditer("«[^»]*»", marked))]
-    response = re.sub("[«»]", "", marked).replace("¶", "\n")
+    response = re.sub("[«»]", "", marked)
     false = toy_env.false_statements(PROBLEM, response)
     found = [(s.kind + "-" * (not s.consequential), s.start, s.end) for s in false]
-    assert found == [(kind, *span) for kind, span in zip(kinds.split(), spans, strict=True)]
+    assert found == [(kind, *span) for kind, span in zip(kinds, spans, strict=True)]
     assert toy_env.first_error(PROBLEM, response) == next(iter(false), None)
     assert toy_env.faithful(PROBLEM, response) == (not spans)
 
@@ -248,12 +253,8 @@ SAY = ["i see", "there is", "here is", "we have", "so", "now", "then", "next we 
 @pytest.mark.parametrize("row", SLIPS[1:-1].split("\n"))
 def test_an_opening_changes_no_judgement(row, kind):
     """The rows of SLIPS: what stands between separators has an opening, and what was false still is."""
-    rng, said = random.Random(0), GOOD.replace("\n", "¶")
-    for short, long in zip("RAB", (READ, A, B)):
-        row = re.sub(rf"\b{short}\b", long, row)
-    for old, new in (r.split(" → ") for r in re.sub("[«»]", "", row).split(" | ")[1:]):
-        said = said.replace(old, new)
-    said = wordy = said.replace("¶", "\n")
+    rng, said = random.Random(0), re.sub("[«»]", "", slipped(row)[1])
+    wordy = said
     for block, separator in (("think", "\n"), ("perception", ","))[: 1 + (kind == "many")]:
         gap = rf"(^|{separator})(\s*)(?=[^\s{separator}])"
         inside = lambda m: re.sub(gap, lambda x: x[0] + rng.choice(SAY) + " ", m[0])
@@ -313,42 +314,6 @@ def test_perception_counts_the_cells_that_are_read(readings, right):
     assert toy_env.perception(PROBLEM, response + "so") == 0.0  # it does not parse
 
 
-def test_no_junk_raises_and_no_false_statement_means_right():
-    rng, faithful, kinds = random.Random(0), 0, [*toy_env.OPENED]
-    problems = [toy_env.make_problem(i, operators="+-×", openings=kinds[i % 3]) for i in range(50)]
-    junk = [*toy_env.TAGS, "٣", "²", "\0", "\ud800", "×", "=", ",", "\n", "-0", "9" * 5000, "white 4", "",
-            "so ", "i see"]
-    for i in range(1500):
-        p = problems[i % 50]
-        parts = re.split("( )", demonstration(p, rng, 0.05, 0.05, 0.05))
-        for _ in range(rng.randint(0, 2)):
-            j, k = sorted(rng.sample(range(len(parts)), 2))
-            parts[j:k] = rng.choice([[], [rng.choice(junk)], [rng.choice(junk), *parts[j:k]], parts[j:k] * 2])
-        response = "".join(parts)
-        judged = toy_env.statements(p, response)
-        starts = [s.start for s in judged]
-        assert starts == sorted(starts) and all(0 <= s.start <= s.end <= len(response) for s in judged)
-        right = re.findall("<answer>(.*?)</answer>", response, re.DOTALL)
-        right = len(right) == 1 and right[0].strip() == str(chain(p)[1])
-        assert all(s.true for s in judged) == toy_env.faithful(p, response) <= right
-        assert 0 <= toy_env.perception(p, response) <= 1
-        toy_env.blame(p, response, parts, [0.0] * len(parts))
-        faithful += toy_env.faithful(p, response)
-    assert 200 < faithful < 1300
-
-
-def test_matching_is_linear():
-    block = "<perception>{}</perception><think>{}</think><answer>{}</answer>"
-    start = time.process_time()
-    units = "a| |9|-|,|\n| \n|red 3,|red |1 + |1 - red 1 = 1\n|<|<think>"
-    for unit in units.split("|"):
-        junk = unit * (100_000 // len(unit))
-        blocks = [block.format(*parts) for parts in ((junk, "", ""), ("", junk, ""), ("", "", junk))]
-        for response in (junk, "<perception>" + junk, *blocks):
-            assert toy_env.reward(PROBLEM, response) == 0 and toy_env.first_error(PROBLEM, response)
-    assert time.process_time() - start < 8  # one quadratic match takes longer
-
-
 # ------------------------------------------------------------------------------------------- blaming the slip
 SLIPPED = GOOD.replace("= 32\n32", "= 31\n31").replace("30", "29")  # 27 + 5 = 31, and what follows from it
 
@@ -383,18 +348,6 @@ def test_blame_is_the_auroc_of_the_slip():
             assert found == pytest.approx(slow_blame(p, response, pieces, advantages))
             seen.add(found.top1)
     assert {0, 1, 1 / 2, 1 / 3} <= seen
-
-
-def test_blame_by_hand():
-    pieces = re.findall(r"\d|[^\d]+", SLIPPED)
-    digits = [t for t, piece in enumerate(pieces) if piece.isdigit()]
-    assert toy_env.tokens_of(toy_env.first_error(PROBLEM, SLIPPED), pieces) == digits[8:10]  # of 31
-    blame = lambda low: toy_env.blame(PROBLEM, SLIPPED, pieces, [low.get(t, 0.0) for t in range(len(pieces))])
-    assert blame({}) == (0.5, 0.5, 1 / 9)  # nine statements share the lowest place
-    assert blame(dict.fromkeys(digits[8:10], -1.0)) == (1, 1, 1)
-    assert blame(dict.fromkeys(digits[8:10], 1.0)) == (0, 0, 0)
-    assert blame(dict.fromkeys(digits[8:10], -1.0) | dict.fromkeys(digits[-2:], -2.0)) == pytest.approx(
-        (1 - 2 / (len(pieces) - 2), 7 / 8, 0))  # the answer is blamed more
 
 
 def test_blame_needs_one_slip_of_a_wrong_response():

@@ -18,7 +18,8 @@ guesses learned to name a colour's usual number without looking. It is made for 
     python -m tiny_vlm.make --base tiny_vlm --steps 1500 --lr 7e-4 --openings none few many --out OUT
     python -m tiny_vlm.make --base tiny_vlm --steps 800 --lr 7e-4 --guess 0.6 --out runs/guesser
 
-Read in this order: make_processor → make_model → pretrain_vision → batch → pretrain → write_card.
+Read in this order: make_processor → make_model → pretrain_vision → draw → pretrain → write_card. The training
+loop is imitation.py's.
 """
 
 import argparse
@@ -36,11 +37,13 @@ from tqdm import trange
 
 import toy_env
 import train_small
+from support.data import Task
 from support.options import best_device
+from tiny_vlm.imitation import TEACHER, imitate, losses, tokenise
 from tiny_vlm.teacher import demonstration
 
-TEACHER = dict(misread=0.13, slip=0.1, habit=0.6)
 GRID, CELL = 3, 16  # one image token per cell: the patch size is the cell size
+TASK = Task(iter(()), [], "", toy_env.reward)  # its chat template has no instruction
 PIECES = r" ?[-+×=,?] ?|[a-z]+ ?|[0-9]| ?</?[a-z]+> ?|\n"  # reversible: the spaces belong to the tokens
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{% for part in message['content'] %}"
@@ -132,80 +135,49 @@ def pretrain_vision(model, processor, steps: int, size: int = 64, lr: float = 2e
     return float(right)
 
 
-def batch(processor, rng: random.Random, size: int, operands: int, openings: Sequence[str] = ("none",),
-          guess: float = 0.0) -> tuple:
-    """Demonstrations of one difficulty, with each kind of filler words in turn. -> the model's inputs, the
-    response's token ids (B, T), their mask (B, T), and for each token whether every statement that has ended
-    by then is true (B, T)."""
+def draw(rng: random.Random, size: int, operands: int, openings: Sequence[str] = ("none",),
+         guess: float = 0.0) -> tuple[list[toy_env.Problem], list[str]]:
+    """Problems of one difficulty, with each kind of filler words in turn, and the teacher's responses."""
     levels = [
         dict(operands=operands, distractors=rng.randint(0, min(3, GRID * GRID - operands)),
              operators=rng.choice(("+-", "+-", "+-", "+-×")), openings=openings[i % len(openings)])
         for i in range(size)
     ]
     problems = [toy_env.make_problem(rng.getrandbits(48), grid=GRID, cell=CELL, **level) for level in levels]
-    responses = [demonstration(p, rng, guess=guess, **TEACHER) for p in problems]
-    prompts = ["<image>" + p.question for p in problems]
-    inputs = processor(text=prompts, images=[p.image for p in problems], padding=True, return_tensors="pt")
-    eos = processor.tokenizer.eos_token
-    encoded = processor.tokenizer(
-        [r + eos for r in responses], padding=True, padding_side="right", return_offsets_mapping=True,
-        add_special_tokens=False, return_tensors="pt",
-    )
-    errors = [toy_env.first_error(p, r) for p, r in zip(problems, responses)]
-    wrong_from = torch.tensor([e.end if e else 10**9 for e in errors])  # (B,) where the first error ends
-    true_so_far = encoded["offset_mapping"][..., 1] < wrong_from[:, None]  # (B, T)
-    return inputs, encoded["input_ids"], encoded["attention_mask"], true_so_far
+    return problems, [demonstration(p, rng, guess=guess, **TEACHER) for p in problems]
 
 
 def pretrain(model, processor, steps: int, size: int = 64, lr: float = 1e-3, seed: int = 0,
-             truth: float = 1.0, device: str = "cpu", every: int = 50, save: str | None = None,
-             operands: int = 3, **teacher) -> float:
-    """Imitation plus `truth` times the loss of the auxiliary head. The hardest chain grows from `operands` to
-    8 over the first half of the steps. teacher: as batch. The rate warms up, stays, and falls to 0 over the
-    last third. -> the AUROC, at the ends of fresh demonstrations, of the head that is then thrown away."""
+             truth: float = 1.0, save: str | None = None, operands: int = 3, **teacher) -> float:
+    """Imitation, of `size` demonstrations a step. The hardest chain grows from `operands` to 8 over the first
+    half of the steps. teacher: as draw. -> the AUROC, at the ends of fresh demonstrations, of the head, which
+    is then thrown away."""
     rng = random.Random(seed)
-    head = torch.nn.Linear(model.config.text_config.hidden_size, 1, device=device)
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    bar = trange(steps, desc="imitation")
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 100, 3 * (1 - step / steps))
-        hardest = min(8, operands + 10 * step // steps)
-        drawn = batch(processor, rng, size, rng.randint(2, hardest), **teacher)
-        inputs, ids, mask, true_so_far = (x.to(device) for x in drawn)
-        length = ids.shape[1]
-        hidden = model.model(
-            input_ids=torch.cat([inputs["input_ids"], ids], 1), pixel_values=inputs["pixel_values"],
-            attention_mask=torch.cat([inputs["attention_mask"], mask], 1),
-        ).last_hidden_state
-        logits = model.lm_head(hidden[:, -length - 1 : -1])  # (B, T, V), for the token at each place
-        imitation = F.cross_entropy(logits[mask == 1], ids[mask == 1])
-        judged = head(hidden[:, -length:])[..., 0][mask == 1]  # after each token
-        honesty = F.binary_cross_entropy_with_logits(judged, true_so_far[mask == 1].float())
-        (imitation + truth * honesty).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % every == 0:
-            bar.write(f"{step}: hardest {hardest}, imitation {imitation:.3f}, truth {honesty:.3f}")
-            if save and step % (20 * every) == 0:
-                model.save_pretrained(save)
-                processor.save_pretrained(save)
-    return truth_auroc(model, head, processor, rng, device, **teacher)
+    head = torch.nn.Linear(model.config.text_config.hidden_size, 1, device=model.device)
+
+    def at(step: int) -> tuple:
+        return draw(rng, size, rng.randint(2, min(8, operands + 10 * step // steps)), **teacher)
+
+    def keep(step: int, both: torch.Tensor) -> None:
+        if save and step % 1000 == 1:
+            model.save_pretrained(save)
+            processor.save_pretrained(save)
+
+    imitate(model, head, processor, TASK, at, steps, lr, truth=truth, micro_batch=size, on_step=keep)
+    return truth_auroc(model, head, processor, rng, **teacher)
 
 
 @torch.no_grad()
-def truth_auroc(model, head, processor, rng: random.Random, device: str, batches: int = 16,
-                **teacher) -> float:
+def truth_auroc(model, head, processor, rng: random.Random, batches: int = 16, **teacher) -> float:
     """The chance that the head puts a faultless demonstration above a faulty one, at their last tokens."""
     judged, labels = [], []
     for i in range(batches):
-        inputs, ids, mask, true_so_far = batch(processor, rng, 64, 2 + i % 7, **teacher)
-        whole = {k: x.to(device) for k, x in train_small.full_inputs(inputs, ids, mask).items()}
-        hidden = model.model(**whole).last_hidden_state[:, -ids.shape[1] :]
-        rows, last = torch.arange(64), mask.sum(1) - 1
-        judged.append(head(hidden[rows, last])[:, 0].cpu())
-        labels.append(true_so_far[rows, last])
+        drawn = draw(rng, 64, 2 + i % 7, **teacher)
+        [(_, logits)] = losses(model, head, processor, TASK, *drawn, micro_batch=64)
+        _, mask, true_so_far = tokenise(model, processor, *drawn)
+        last = torch.arange(64), mask.sum(1).cpu() - 1
+        judged.append(logits[last].cpu())
+        labels.append(true_so_far[last].cpu())
     judged, labels = torch.cat(judged), torch.cat(labels)
     return float((judged[labels][:, None] > judged[~labels]).float().mean())
 
@@ -283,16 +255,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     processor, start = make_processor(wordy=options.openings != ["none"]), time.time()
-    more = dict(seed=options.seed, device=options.device)
     if options.base:
         model = transformers.AutoModelForImageTextToText.from_pretrained(options.base).to(options.device)
         model.resize_token_embeddings(len(processor.tokenizer))
     else:
         model = make_model(processor.tokenizer).to(options.device)
-        pretrain_vision(model, processor, options.vision_steps, **more)
+        pretrain_vision(model, processor, options.vision_steps, seed=options.seed, device=options.device)
     teacher = dict(openings=options.openings, guess=options.guess)
-    auroc = pretrain(model, processor, options.steps, lr=options.lr, truth=options.truth, save=options.out,
-                     operands=8 if options.base else 3, **teacher, **more)
+    auroc = pretrain(model, processor, options.steps, lr=options.lr, truth=options.truth, seed=options.seed,
+                     save=options.out, operands=8 if options.base else 3, **teacher)
     model.eval().save_pretrained(options.out)
     processor.save_pretrained(options.out)
     changed = {k: v for k, v in vars(options).items() if v != parser.get_default(k)}
