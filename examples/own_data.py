@@ -1,4 +1,4 @@
-"""Your own data: a data set of images, questions and answers as a Task (see examples/real_vlm.py for the reward).
+"""Your own data: a data set of images, questions and answers as a Task, for examples/real_vlm.py.
 
 `load_dataset` takes a folder or a name. A row needs an image (or several), a question and an answer;
 Geometry3K's columns are known too. What else the toy world's problems have (`cells`, `steps`) stays empty.
@@ -6,6 +6,7 @@ Geometry3K's columns are known too. What else the toy world's problems have (`ce
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 
 import datasets

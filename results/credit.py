@@ -192,7 +192,9 @@ def credit_by_method(config, policy, processor, roll, scored: dict, outcome) -> 
     same, group = scored["sapo"], srpo.group_advantages(outcome, GROUP)
 
     def weigh(**variant):
-        return train_small.weigh_roles(replace(config, **variant), policy, processor, roll, same, group)[0]
+        plan = train_small.Plan(int(torch.randint(2**31, ())), [torch.arange(len(roll.ids))], [])
+        its = replace(config, **variant)
+        return train_small.weigh_roles(its, policy, processor, roll, same, group, plan)[0]
 
     weights = {contrast: weigh(contrast=contrast) for contrast in ("blank", "blind")}
     group_weights = {"grpo": roll.mask.float(), "srpo": weights["blind"], "srpo, blank": weights["blank"],

@@ -18,8 +18,8 @@ from test_models import FAMILIES, make_model
 import toy_env
 import train_small
 from examples import real_vlm
+from examples.own_data import dataset_task, from_row
 from support import curves
-from support.data import dataset_task, from_row
 from support.inputs import encode
 
 ROW = dict(image=toy_env.make_problem(0).image, question="red?", answer="1")

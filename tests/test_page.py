@@ -105,7 +105,8 @@ def test_a_run_becomes_data_that_the_page_can_use(tmp_path, monkeypatch):
     assert [each["log_probs"] == each["old_log_probs"] for each in data["responses"]] == [True, False, True]
     # The contrasts are train_small's: a blank image is the same for all seeds.
     for config.contrast, other in (("blank", "on_perception"), ("blind", "-on_image")):
-        weights, _ = train_small.weigh_roles(config, policy, processor, roll, scored, roll.outcome())
+        plan = train_small.draw_plan(config, roll)._replace(seed=0)
+        weights, _ = train_small.weigh_roles(config, policy, processor, roll, scored, roll.outcome(), plan)
         code = f"weights = role_weights(torch.where(perception, on_image, {other}), perception, reasoning)"
         found = run(code, r)["weights"].float()
         torch.testing.assert_close(found[0], weights[9, :T], rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,15 @@ def test_both_layouts_to_copy_give_the_same_ends():
     for b, t in ((0, 5), (1, 6), (2, 5)):  # a response token's log-probability is said one position before
         assert alone["log_probs"][b, t - 5] == logits[b, t - 1].log_softmax(0)[ids[b, t]]
     assert torch.equal(whole["mask_of_row"][:, 4:], alone["mask_of_response"])
+
+
+def test_your_own_problems_and_reward_train(mini, tmp_path, monkeypatch, capsys):
+    code = re.search("```python\n(.*?)```", section("Your own model and data"), re.S)[1]
+    drawn = [train_small.toy_env.make_problem(i) for i in range(72)]
+    monkeypatch.setattr(sys, "argv", f"mine.py --model {mini} --max-tokens 9 --responses 8 --iterations 1 "
+                        f"--critic-warmup 0 --device cpu --out {tmp_path}/run".split())
+    exec(code, dict(my_rows=[(p.image, p.question, p.answer) for p in drawn]))
+    assert "accuracy_greedy" in capsys.readouterr().out and (tmp_path / "run" / "curves.png").exists()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))

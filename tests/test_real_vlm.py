@@ -240,10 +240,19 @@ def test_answers_are_judged(monkeypatch, library):
     for table, expected in ((RIGHT, 0.9), (WRONG, 0.0)):
         for answer, response in table:
             problem = train_small.Problem(None, "?", answer)
-            assert real_vlm.reward(problem, response) == pytest.approx(expected), (answer, response[:60])
-    whole = "<perception>a</perception> <think>b</think> <answer>{}</answer>"
-    assert [real_vlm.reward(train_small.Problem(None, "?", "4"), whole.format(x)) for x in "45"] == [1.0, 0.1]
+            found = real_vlm.reward(problem, response)  # a tag in place earns a sixth of 0.1
+            assert expected <= found < expected + 0.04, (answer, response[:60])
     assert judge.same("x + 1", "1 + x") == library  # it knows algebra
+
+
+@pytest.mark.parametrize("text, sixths", [
+    ("<perception>a</perception> <think>b</think> <answer>5</answer>", 6), ("5", 0), ("<answer>5</answer>", 2),
+    ("<perception>a</perception> <answer>5", 3), ("</think> b <think> <answer>5</answer>", 3),
+    ("<answer>5</answer> <think> b </think>", 2), ("<think> <think> b </think> <answer>5</answer>", 3)])
+def test_the_format_earns_a_share_for_each_tag_that_stands_once_and_in_order(text, sixths):
+    reward = lambda answer: real_vlm.reward(train_small.Problem(None, "?", answer), text)
+    assert reward("4") == pytest.approx(0.1 * sixths / 6)
+    assert reward("5") == pytest.approx(0.1 * sixths / 6 + 0.9 * ("</answer>" in text))
 
 
 # ---------------------------------------------------------------------------------------- the memory estimate

@@ -235,7 +235,8 @@ def said(*texts):
     """A rollout of responses to PROBLEM, in as many tokens as SLIP."""
     ids, n = torch.arange(len(PIECES)).expand(len(texts), -1), len(texts)
     task, pieces = train_small.Task(None, [], "", toy_env.reward), [re.findall(r"\d|\D+", x) for x in texts]
-    return train_small.Rollout(task, [PROBLEM] * n, {}, ids, ids >= 0, ids[:, 0] < 0, pieces, [*texts])
+    each = torch.arange(n)
+    return train_small.Rollout(task, [PROBLEM] * n, {}, each, ids, ids >= 0, each < 0, pieces, [*texts])
 
 
 def test_what_decides_nothing_what_goes_wrong_and_where_ends_and_weights_are():
@@ -314,7 +315,7 @@ def test_critics_learn_beside_sapo_and_are_measured_at_checkpoints(mini, coin, m
     update, checkpoint, value_points = train_small.update, credit.checkpoint, credit.value_points
     critics, checks, states, marks = [], [], [], []
 
-    def updated(config, policy, critic, optimizers, roll, scored, its, learn_policy=True):
+    def updated(config, policy, critic, optimizers, roll, scored, its, plan, learn_policy=True):
         name = [*own][len(critics) % 4]
         assert config == replace(own[name], out=config.out) and learn_policy == (name == "sapo")
         assert [model for model, _ in optimizers] == [policy, critic][not learn_policy:]
@@ -322,7 +323,7 @@ def test_critics_learn_beside_sapo_and_are_measured_at_checkpoints(mini, coin, m
         aims = train_small.assign_credit(config, policy, None, roll, scored, roll.outcome())
         torch.testing.assert_close(its.returns, aims.returns)  # of its own values
         critics.append(critic)
-        return update(config, policy, critic, optimizers, roll, scored, its, learn_policy)
+        return update(config, policy, critic, optimizers, roll, scored, its, plan, learn_policy)
 
     monkeypatch.setattr(train_small, "update", updated)
     monkeypatch.setattr(credit, "checkpoint", lambda *its: checks.append([*critics, its]) or checkpoint(*its))
