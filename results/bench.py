@@ -2,7 +2,11 @@
 
     python -m results.bench --algo grpo     any options of train_small.py
     python -m results.bench --maths         needs pytest
-    python -m results.bench --trl           first: pip install -r requirements.txt trl==1.16.0
+    python -m results.bench --trl           first: pip install -r requirements.txt trl==1.16.0; and --model
+
+The bare model is its own generate, and the language model's forward and backward pass over the same parts
+with the logits of one token; "look": the distinct prompts through the processor and, of a model whose vision
+is frozen, through its tower.
 
 Against TRL, both take turns in one process, on the same model, images and questions. Each iteration samples
 128 responses (16 prompts × 8), and takes four steps of 32 responses with the same loss: a clip at 1 ± 0.2 and
@@ -21,6 +25,7 @@ import transformers
 import sapo
 import toy_env
 import train_small
+from support.models import load_policy
 from support.options import difficulty, parse_arguments
 from support.run_folder import one_line
 
@@ -68,17 +73,25 @@ def bench(config: train_small.Config, repeats: int = 5) -> dict[str, float]:
         timed("update", train_small.update, config, policy, critic, optimizers, roll, scored, credit, plan)
         T, banned = roll.ids.shape[1], train_small.banned_ids(policy) or None
         settings = dict(do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T, suppress_tokens=banned)
+        timed("bare look", train_small.see, policy, processor, task, [*{id(p): p for p in problems}.values()])
         timed("bare generate", policy.generate, **inputs, **settings)
-        whole = train_small.full_inputs(inputs, roll.ids, roll.mask)
-        whole |= dict(logits_to_keep=T + 1, use_cache=False)
+        whole = [roll.part(rows, config.micro_tokens > 0) for rows in plan.scored]
+        whole = [train_small.full_inputs(*part) | dict(use_cache=False) for part in whole]
+
+        def language_model(backward=False):
+            for part in whole:  # one token's logits, as a head of our own reads all
+                loss = policy(**part, logits_to_keep=1).logits.sum()
+                loss.backward() if backward else None
+
         with torch.no_grad():
-            timed("bare forward", policy, **whole)
-        timed("bare forward + backward", lambda: policy(**whole).logits.sum().backward())
+            timed("bare forward", language_model)
+        timed("bare forward + backward", language_model, backward=True)
         policy.zero_grad()
 
     seconds = {name: median(x[1:]) for name, x in taken.items()}  # the first one warms up
     iteration = sum(s for name, s in seconds.items() if not name.startswith("bare"))
-    beside = {"sampling": ("bare generate", 1), "scoring": ("bare forward", 1 + bool(reference)),
+    seconds["bare look + generate"] = seconds["bare look"] + seconds["bare generate"]
+    beside = {"sampling": ("bare look + generate", 1), "scoring": ("bare forward", 1 + bool(reference)),
               "critic": ("bare forward", 1), "update": ("bare forward + backward", 1 + bool(critic))}
     print(f"{config.algo}, {config.responses} responses, {config.device}, {torch.get_num_threads()} threads")
     for name, s in seconds.items():
@@ -117,24 +130,24 @@ def maths(repeats: int = 5) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------- TRL
-def ours(iterations: int) -> float:
+def ours(iterations: int, model: str | None = None) -> float:
     """Seconds per iteration of train_small.learn, without its evaluations."""
     marks = []
     with tempfile.TemporaryDirectory() as out:
-        more = dict(eval_every=10**6, eval_problems=8, lr=1e-6, out=out)
+        more = dict(eval_every=10**6, eval_problems=8, lr=1e-6, out=out, patience=0, model=model)
         config = train_small.Config(algo="grpo", iterations=iterations + 2, **more)
         train_small.learn(train_small.prepare(config), lambda *_: marks.append(time.perf_counter()))
     return (marks[-2] - marks[0]) / iterations  # the last iteration ends with an evaluation
 
 
-def theirs(iterations: int) -> float:
+def theirs(iterations: int, model: str | None = None) -> float:
     """Seconds per 128 responses of TRL's GRPOTrainer."""
     from trl import GRPOConfig, GRPOTrainer
 
-    config = train_small.complete(train_small.Config(algo="grpo"))
+    config = train_small.complete(train_small.Config(algo="grpo", model=model, train_vision=True))
     rows = toy_env.make_dataset(16 * (iterations + 2), **difficulty(config))
     rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
-    policy, processor, *_ = train_small.load(config)
+    policy, processor = load_policy(config.model, config.device)
     marks = []
 
     class Clock(transformers.TrainerCallback):
@@ -149,18 +162,19 @@ def theirs(iterations: int) -> float:
             out, per_device_train_batch_size=32, steps_per_generation=4, num_generations=8, temperature=1.0,
             max_steps=4 * (iterations + 1), max_completion_length=config.max_tokens, learning_rate=1e-6,
             loss_type="grpo", epsilon=0.2, beta=0.01, use_bias_correction_kl=False, scale_rewards="group",
-            gradient_checkpointing=False, bf16=False, use_cpu=config.device == "cpu", shuffle_dataset=False,
-            logging_steps=10**6, save_strategy="no", report_to="none", disable_tqdm=True)
+            gradient_checkpointing=config.checkpointing, bf16=config.dtype == "bfloat16",
+            use_cpu=config.device == "cpu", shuffle_dataset=False, logging_steps=10**6,
+            save_strategy="no", report_to="none", disable_tqdm=True)
         GRPOTrainer(policy, correct, settings, rows.remove_columns("question"), processing_class=processor,
                     callbacks=[Clock()]).train()
     return (marks[-1] - marks[3]) / iterations
 
 
-def compare(iterations: int = 6, rounds: int = 3) -> None:
+def compare(model: str | None = None, iterations: int = 6, rounds: int = 3) -> None:
     """Print the seconds per 128 responses of each round, and the median ratio."""
     pairs = []
     for i in range(rounds):
-        pairs.append((ours(iterations), theirs(iterations)))
+        pairs.append((ours(iterations, model), theirs(iterations, model)))
         print(f"round {i}: ours {pairs[-1][0]:.2f} s, TRL {pairs[-1][1]:.2f} s", flush=True)
     print(f"responses per second, ours / TRL: {median(b / a for a, b in pairs):.2f}")
 
@@ -169,8 +183,9 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with one_line("results.bench", ValueError, OSError):
-        if sys.argv[1:] == ["--trl"]:
-            compare()
+        if "--trl" in sys.argv:
+            sys.argv.remove("--trl")
+            compare(parse_arguments(train_small.Config, "").model)
         elif sys.argv[1:] == ["--maths"]:
             maths()
         else:

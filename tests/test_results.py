@@ -387,7 +387,7 @@ def test_a_slip_is_blamed_found_and_drawn_with_a_line_for_each_method(monkeypatc
 def test_bench_times_the_phases_of_the_miniature(algo, mini, capsys):
     seconds = bench.bench(train_small.Config(**SMALL, algo=algo, model=str(mini), device="cpu"), repeats=1)
     expected = {"sampling", "outcome", "scoring", "algorithm", "update", "bare generate", "bare forward",
-                "bare forward + backward"}
+                "bare forward + backward", "bare look", "bare look + generate"}
     assert set(seconds) == expected | ({"critic"} if algo == "sapo" else set())
     assert min(seconds.values()) > 0 and "responses/s" in capsys.readouterr().out
 
