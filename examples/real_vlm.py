@@ -94,7 +94,7 @@ def estimate_memory(config: RealConfig) -> dict[str, float]:
         model = transformers.AutoModelForImageTextToText.from_config(settings, dtype=dtype).eval()
         policy, critic, reference = models.make_roles(config, model)
     own, whole, other = ({id(p): p.nbytes for p in m.parameters()} if m else {}
-                         for m in (critic, model, reference and reference.whole))
+                         for m in (critic, model, getattr(reference, "whole", reference)))
     step = [sum(p.nbytes for p in policy.parameters()), sum(own.values())]  # AdamW's step works on a copy
     rows = {"weights": sum(size for i, size in whole.items() if i not in own), "gradients": sum(step),
             "AdamW": 2 * sum(step), "reference": sum(size for i, size in other.items() if i not in whole),
@@ -103,7 +103,8 @@ def estimate_memory(config: RealConfig) -> dict[str, float]:
     L, H = config.prompt_tokens + T, text.hidden_size
     b = max(1, config.micro_tokens // L) if config.micro_tokens else B  # responses in a pass
     size = 2 if config.dtype == "bfloat16" else 4
-    policy.put_on()
+    if config.lora:
+        policy.put_on()
     decoder = model.get_decoder()
     decoder.layers = decoder.layers[:1]
     decoder.to_empty(device="cpu")

@@ -68,7 +68,8 @@ def sample(config, policy, processor, critic, later, problems: list) -> tuple[tr
 
     return roll, dict(
         entropy=scored.entropy, values=scored.values, old_log_probs=scored.log_probs,
-        log_probs=score(later), perception=perception, reasoning=reasoning,
+        log_probs=score(later, train_small.see(later, processor, task, problems)),
+        perception=perception, reasoning=reasoning,
         on_image=srpo.contrast(scored.log_probs, score(policy, corrupted), roll.mask),
         on_perception=srpo.contrast(scored.log_probs, score(policy, seen=blanked), roll.mask))
 
@@ -136,7 +137,7 @@ def render(data: dict) -> str:
     while sum(map(len, texts)) > LARGEST:
         texts.remove(max(texts, key=len))
     if not texts:
-        raise SystemExit("responses is []: expected at least one that fits into the page")
+        raise ValueError("responses is []: expected at least one that fits into the page")
     whole = dump({k: x for k, x in data.items() if k != "responses"})[:-1]
     whole += ',"responses":[\n' + ",\n".join(texts) + "\n]}"
     return template.replace("{{digest}}", digest).replace("{{data}}", whole)
@@ -146,7 +147,7 @@ def gather(folder: Path) -> dict:
     """The page's data, from a run's folder."""
     saved = run_folder.settings(folder, train_small.Config, "RUN")["config"]
     if saved.get("dataset") or not (folder / "critic.pt").exists():
-        raise SystemExit(f"RUN is {folder}: expected one on the toy world, with a critic, made with --save")
+        raise ValueError(f"RUN is {folder}: expected one on the toy world, with a critic, made with --save")
     if Path(saved["model"]).is_absolute() and not Path(saved["model"]).exists():
         saved["model"] = None  # the run was made on another machine: the shipped one
     config = train_small.complete(train_small.Config(**saved | dict(device=None, kl_coef=0.0)))

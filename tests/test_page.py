@@ -111,7 +111,7 @@ def test_a_run_becomes_data_that_the_page_can_use(tmp_path, monkeypatch):
         found = run(code, r)["weights"].float()
         torch.testing.assert_close(found[0], weights[9, :T], rtol=1e-4, atol=1e-4)
     (tmp_path / "critic.pt").unlink()
-    with pytest.raises(SystemExit, match="expected one on the toy world, with a critic"):
+    with pytest.raises(ValueError, match="expected one on the toy world, with a critic"):
         page.gather(tmp_path)
 
 
@@ -374,5 +374,5 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, tmp_path):
     assert browser.js("typeof hacked") == "undefined"
     assert browser.js("document.images.length") == 1 and browser.js("document.scripts.length") == 2
     browser.errors.clear()  # the refused image
-    with pytest.raises(SystemExit, match="expected at least one"):
+    with pytest.raises(ValueError, match="expected at least one"):
         page.render(data | dict(responses=[large]))

@@ -258,7 +258,7 @@ def test_the_format_earns_a_share_for_each_tag_that_stands_once_and_in_order(tex
 # ---------------------------------------------------------------------------------------- the memory estimate
 @pytest.mark.parametrize("changes", [
     dict(), dict(algo="grpo", kl_coef=0.0, responses=16), dict(lora=4, dtype="bfloat16"),
-    dict(train_vision=True)])
+    dict(train_vision=True), dict(train_vision=True, checkpointing=False)])
 def test_the_memory_estimate_counts_what_is_there(folder, changes, capsys):
     if changes.get("lora"):
         needs_peft()
@@ -272,7 +272,7 @@ def test_the_memory_estimate_counts_what_is_there(folder, changes, capsys):
         optimizer.step()
     size = lambda tensors: sum({x.data_ptr(): x.nbytes for x in tensors}.values())
     roles = [policy, critic and critic.backbone, reference]
-    everything = [p for role in roles if role for p in role.whole.parameters()]
+    everything = [p for role in roles if role for p in getattr(role, "whole", role).parameters()]
     everything += critic.head.parameters() if critic else []
     assert rows["weights"] + rows["reference"] + rows["critic's weights"] == size(everything)
     assert rows["gradients"] == size(p.grad for m, _ in optimizers for p in m.parameters())
