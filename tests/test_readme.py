@@ -14,7 +14,7 @@ import torch
 import sapo
 import srpo
 import train_small
-from results import study
+from results import forest, study
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,29 +45,26 @@ def test_every_public_function_of_the_paper_is_in_the_table():
 
 
 def test_results_are_those_of_the_csvs():
-    """Each `mean (low–high)` of a row is an accuracy of the study that the row names, each signed one a
-    difference of two of its labels. A row says min–max if they are of two or three seeds, and only then."""
-    figure = re.compile(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)|[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)")
-    text, checked = section("What came out"), 0
-    for said, name in re.findall(r"^\| .+ \| (.+) \| `([\w-]+)` \|$", text, re.M):
-        names = ("seed", *study.STUDIES[name].columns)
+    """Each signed figure of a sentence is a difference of two labels of the study that is named next."""
+    text, figure = section("What came out"), r"[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)"
+    for said, name in (found := re.findall(rf"({figure}).*?`([a-z][\w-]+)`", text)):
         with open(ROOT / "results" / f"{name}.csv") as file:
-            rows = [dict(label=row["label"]) | {k: float(row[k]) if row[k] else None for k in names}
-                    for row in csv.DictReader(file)]
+            rows = [row | dict(accuracy=float(row["accuracy_sampled"])) for row in csv.DictReader(file)]
         of = lambda label: [row for row in rows if row["label"] == label]
-        seeds = {}  # an interval → of how many seeds
-        for label in dict.fromkeys(row["label"] for row in rows):
-            values = [row["accuracy_sampled"] for row in of(label)]
-            seeds["{:.3f} ({:.3f}–{:.3f})".format(*study.interval(values))] = len(values)
-        for pair in study.STUDIES[name].pairs:
-            for column in study.STUDIES[name].columns:
-                differences = study.paired(*map(of, pair), column)
-                seeds[study.difference(differences)] = len(differences)
-        quoted = figure.findall(said.replace("min–max ", ""))
-        assert quoted and not {*quoted} - {*seeds}, (name, {*quoted} - {*seeds})
-        assert {seeds[its] <= 3 for its in quoted} == {"min–max" in said}, name
-        checked += len(quoted)
-    assert checked == len(figure.findall(text.replace("min–max ", ""))) > 30
+        pairs = [study.paired(*map(of, pair), "accuracy") for pair in study.STUDIES[name].pairs]
+        assert said in map(study.difference, pairs), (name, said)
+    assert len(found) == len(re.findall(figure, text)) == 8
+
+
+def test_the_forest_says_better_only_where_the_interval_is_above_0():
+    verdicts = {claim.says: forest.verdict(*forest.measured(claim)[1:]) for claim in forest.CLAIMS}
+    assert len(verdicts) == len(forest.CLAIMS) and {*verdicts.values()} == {*forest.STYLE}
+    for claim in forest.CLAIMS:  # as the study's own table has it
+        with open(ROOT / "results" / f"{claim.study}.csv") as file:
+            rows = [row | dict(accuracy=float(row["accuracy_sampled"])) for row in csv.DictReader(file)]
+        both = ([row for row in rows if row["label"] == label] for label in (claim.ours, claim.theirs))
+        said = "{:+.3f} ({:+.3f} to {:+.3f})".format(*forest.measured(claim))
+        assert said == study.difference(study.paired(*both, "accuracy")), claim.says
 
 
 def test_first_table_is_that_of_the_committed_runs():
