@@ -194,7 +194,7 @@ def score(model, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, temperatu
     size = max(1, LOGITS // (len(ids) * model.config.get_text_config().vocab_size))  # tokens a response
     pieces = zip(hidden.split(size, 1), pad(ids, (0, 1)).split(size, 1))  # logits of one are in memory
     columns = [checkpoint(read, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-    return tuple(torch.cat(column, 1)[:, :-1] for column in zip(*columns))  # nothing follows the last token
+    return tuple(torch.cat(column, 1)[:, :-1].contiguous() for column in zip(*columns))  # none after the last
 
 
 def value(critic: sapo.SegmentCritic, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:

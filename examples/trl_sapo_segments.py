@@ -1,6 +1,7 @@
 """Segments in TRL, without a critic: SAPO's ends and segment ratio on GRPO's advantages.
 
     pip install -r requirements.txt trl==1.16.0 && python -m examples.trl_sapo_segments
+    torchrun --nproc_per_node 2 -m examples.trl_sapo_segments               # not accelerate: see trl_srpo.py
 
 THIS IS NOT SAPO (arXiv 2605.01327): it has no critic, so no value of a segment and no GAE (Eq. 6-7, 10). All
 segments of a response share its group's advantage. What is left is where they end (section 4.2) and their
@@ -20,7 +21,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 import sapo
-from examples.trl_srpo import run  # the toy world, for the example only
+from examples.trl_srpo import log_over_ranks, run  # run: the toy world, for the example only
 
 NEEDED = {"loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.0, "delta": None,
           "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False,
@@ -44,9 +45,8 @@ class SegmentTrainer(GRPOTrainer):
             old, entropy = self.score(self.model, batch, self.args.per_device_train_batch_size)
         mask = response_mask(batch)
         ends = self.ends(entropy, mask)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["segments/per_response"].append(ends.sum(1).float().mean().item())
-        metrics["entropy"].append(entropy[mask.bool()].mean().item())
+        counts = ends.sum(1)[mask.any(1)]                                   # not of responses masked out
+        log_over_ranks(self, {"segments/per_response": counts, "entropy": entropy[mask.bool()]})
         return batch | {"old_per_token_logps": old, "ends": ends}           # TRL shuffles and splits it all
 
     def ends(self, entropy: Tensor, mask: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ class SegmentTrainer(GRPOTrainer):
         advantages = inputs["advantages"][:, None].expand(mask.shape)       # TRL's, of groups; (B, T)
         loss, metrics = sapo.policy_loss(log_probs, inputs["old_per_token_logps"], advantages, inputs["ends"],
                                          mask, self.epsilon_low, self.epsilon_high)  # Eq. 8-9
-        mode = "train" if self.model.training else "eval"
-        for name, x in metrics.items():
-            self._metrics[mode][f"segments/{name}"].append(x.item())
-        return loss / (self.current_gradient_accumulation_steps if mode == "train" else 1)  # as TRL's "grpo"
+        present = int(mask.any(1).sum())                                    # responses not masked out
+        log_over_ranks(self, {f"segments/{name}": x.expand(present) for name, x in metrics.items()})
+        loss = loss * present / len(mask)                                   # sapo.py: over these; TRL, DDP: all
+        return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)  # TRL's "grpo"
 
 
 def response_mask(batch: dict) -> Tensor:
