@@ -363,6 +363,13 @@ def test_srpo_group_advantages_match_a_loop_and_equal_outcomes_give_zero():
         assert srpo.group_advantages(verdicts, 2).tolist() == pytest.approx([0.5 ** 0.5, -0.5 ** 0.5], 1e-5)
 
 
+def test_eq12_lift_takes_any_number_of_tokens(monkeypatch):
+    for place in (torch, torch.Tensor):  # it ends at 2**24 of them
+        monkeypatch.setattr(place, "quantile", lambda *_, **__: pytest.fail("torch.quantile"))
+    d = batch(6, 12)
+    assert math.isfinite(sapo.lift(d.entropy, d.values, d.mask)[0])
+
+
 SHORT = dict(zip("P /P T /T A /A".split(), srpo.TAGS))
 
 

@@ -386,6 +386,18 @@ def test_parts_hold_each_row_once_within_the_budget_and_halve_in_a_full_memory(s
         roles.in_parts("other", lambda rows: function(torch.arange(6)), torch.arange(2), 2)
 
 
+def test_in_bfloat16_too_the_ratio_is_1_before_the_first_step(coin, tmp_path, monkeypatch):
+    make_model(FAMILIES["idefics3"], tmp_path)
+    more = dict(dtype="bfloat16", micro_tokens=900, out=f"{tmp_path}/run")
+    config = small(tmp_path, algo="grpo", kl_coef=0.0, **more)
+    task = train_small.toy_task(config)._replace(stream=itertools.cycle(many_sizes(9, True)))
+    run, score_all = train_small.prepare(config, lambda _: task), train_small.score_all
+    found = [train_small.step(run, 1)[3]]
+    monkeypatch.setattr(train_small, "score_all", lambda *args: score_all(*args[:5]))  # in other parts
+    found.append(train_small.step(run, 2)[3])
+    assert [x["first_ratio_deviation"] > 0 for x in found] == [False, True]
+
+
 @pytest.mark.parametrize("algo", ["sapo", "srpo", "grpo"])
 def test_trains_and_sees_a_picture_once(family, algo, coin, tmp_path, monkeypatch):
     config = small(family, algo=algo, micro_tokens=900 * (algo == "srpo"), out=str(tmp_path / "run"))

@@ -402,7 +402,8 @@ def second_parser(response):
 def test_thousands_of_hostile_responses():
     rng, right, parsed, faithful = random.Random(0), 0, 0, 0
     junk = [*toy_env.TAGS, "<answer", "answer>", "< answer >", "<ANSWER>", "</think><think>",
-            "<think><answer>", *"٣３²−×=,+\n\0\ud800\u2028\u200b", "-0", "9" * 5000, "red 4", "i see ", "so ", ""]
+            "<think><answer>", *"٣３²−×=,+\n\0\ud800\u2028\u200b", "-0", "9" * 5000, "red 4", "i see ", "so ",
+            ""]
     kinds = [*toy_env.OPENED]
     problems = [toy_env.make_problem(i, 2, operators="+-×", openings=kinds[i % 3]) for i in range(200)]
     texts = [re.split("([<>\n])", demonstration(p, rng, 0.1, 0.1, 0.1)) for p in problems]

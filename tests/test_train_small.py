@@ -174,7 +174,8 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     model=("copy", "transformers.AutoProcessor.from_pretrained", lambda calls: "copy" in calls[0].values()),
     eval_every=(2, "train_small.evaluate", lambda calls: len(calls) == 3),  # before, after 2 and after 3
     eval_problems=(5, DRAW, lambda calls: sum(x["split"] == "eval" for x in calls) == 5),
-    device=("cpu:0", "torch.nn.Module.to", lambda calls: [str(*x["args"]) for x in calls] == ["cpu:0", "cpu"]),
+    device=("cpu:0", "torch.nn.Module.to", lambda calls: [
+        str(*x["args"]) for x in calls] == ["cpu:0", "cpu"]),
     out=("here", "torch.save", lambda calls: Path("here/critic.pt") in [x["f"] for x in calls]),
     save=(True, LLAVA + ".save_pretrained", lambda calls: calls[0]["save_directory"] == Path("here/model")),
 ), dict(
