@@ -70,7 +70,9 @@ class SegmentTrainer(GRPOTrainer):
                                          mask, self.epsilon_low, self.epsilon_high)  # Eq. 8-9
         present = int(mask.any(1).sum())                                    # responses not masked out
         log_over_ranks(self, {f"segments/{name}": x.expand(present) for name, x in metrics.items()})
-        loss = loss * present / len(mask)                                   # sapo.py: over these; TRL, DDP: all
+        # sapo.py takes the mean over these, TRL over all. So must we: DDP averages over ranks, where one with
+        # few of them would weigh as much as one with many.
+        loss = loss * present / len(mask)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1)  # TRL's "grpo"
 
 

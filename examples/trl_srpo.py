@@ -9,8 +9,8 @@ give it your model, data (TRL's column `image` or `images`) and reward. It build
 change: it was run with TRL 1.16.0. Of TRL's defaults `run` turns off what srpo.py does not share: loss_type
 "dapo" and, where beta > 0, a KL penalty times the ratio. What stays is std + 1e-4 in groups (srpo.py: 1e-6).
 
-Several processes train as one process with all their responses does, and log the same. Here torchrun launches them:
-`accelerate launch --cpu --num_processes 2` starts a single process and does not say so.
+Several processes train and log as one with all their responses does. torchrun launches them, on CPUs too:
+there `accelerate launch --cpu --num_processes 2` starts a single process without a word.
 """
 
 import inspect
@@ -93,7 +93,7 @@ def correct(completions: list, answer: list[str], **_) -> list[float]:
 
 
 def run(trainer_class: type[GRPOTrainer], iterations: int = 20, **settings) -> GRPOTrainer:
-    """Train tiny_vlm on the toy world: 128 responses (16 prompts × 8) an iteration and process, in 4 steps."""
+    """Train tiny_vlm on the toy world: 128 responses (16 prompts × 8) per iteration and process, 4 steps."""
     rows = toy_env.make_dataset(16 * iterations, operands=4, distractors=0)
     rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
     ours = dict(loss_type="grpo", use_bias_correction_kl=False, disable_dropout=True)  # or noise is contrast

@@ -2,6 +2,7 @@
 against TRL's own on the same tensors. Written for TRL 1.16.0; skipped where TRL is missing.
 """
 
+import copy
 import math
 import re
 
@@ -131,6 +132,18 @@ def test_srpo_corrupts_what_the_model_sees_anew_in_each_step(srpo_run, monkeypat
     assert torch.equal(trainer.corrupted_pixels(rows), batch["pixel_values"])
     lists = [{"images": [row["image"]], "prompt": row["prompt"]} for row in rows]
     assert torch.equal(trainer.corrupted_pixels(lists), batch["pixel_values"])
+
+
+def test_srpo_finds_tags_that_are_special_tokens(srpo_run, monkeypatch):
+    """Some tokenizers have <think> as one. End of sequence and padding are left out nevertheless."""
+    trainer, seen, _ = srpo_run
+    tokenizer = copy.deepcopy(trainer._tokenizer)
+    tags = [token for token in tokenizer.get_vocab() if token.strip() in toy_env.TAGS]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    assert {*tokenizer.convert_tokens_to_ids(tags)} <= {*tokenizer.all_special_ids}
+    expected = trainer.role_weights(*seen[0])
+    monkeypatch.setattr(trainer, "_tokenizer", tokenizer)
+    assert torch.equal(trainer.role_weights(*seen[0]), expected) and expected.unique().numel() > 2
 
 
 def test_srpo_scores_its_own_responses_where_trl_does_not(srpo_run):
