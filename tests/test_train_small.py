@@ -30,8 +30,8 @@ from PIL import Image
 import srpo
 import toy_env
 import train_small
-from examples import real_vlm
-from support import curves, data, options
+from examples import own_data, real_vlm
+from support import curves, options
 from support.data import INSTRUCTION
 from support.inputs import encode
 from tiny_vlm import make
@@ -172,6 +172,7 @@ OPTIONS = [dict(  # option: value, function that has it as an argument in all ca
     openings=("few", DRAW, lambda calls: {x["openings"] for x in calls} == {"few"}),
     max_tokens=(7, GENERATE, lambda calls: {x["generation_config"].max_new_tokens for x in calls} == {7}),
     model=("copy", "transformers.AutoProcessor.from_pretrained", lambda calls: "copy" in calls[0].values()),
+    patience=(4, "support.run_folder.warn", lambda calls: calls[0]["config"].patience == 4),
     eval_every=(2, "train_small.evaluate", lambda calls: len(calls) == 3),  # before, after 2 and after 3
     eval_problems=(5, DRAW, lambda calls: sum(x["split"] == "eval" for x in calls) == 5),
     device=("cpu:0", "torch.nn.Module.to", lambda calls: [
@@ -647,13 +648,13 @@ def test_trains_on_a_data_set_and_saves(mini, tmp_path, monkeypatch, capsys, coi
     assert saved and all(torch.equal(x, critic.state_dict()[k]) for k, x in saved.items())
 
     config = real_vlm.RealConfig(**SMALL | dict(dataset=str(tmp_path / "data"), eval_problems=6))
-    tasks = [data.dataset_task(replace(config, seed=i), "", None) for i in (0, 1)]
+    tasks = [own_data.dataset_task(replace(config, seed=i), "", None) for i in (0, 1)]
     held_out, again = ({key(p) for p in task.held_out} for task in tasks)
     first, second = ([key(p) for p in itertools.islice(task.stream, 36)] for task in tasks)  # two passes
     assert held_out == again and len(held_out) == 6 and not held_out & {*first} and first != second
     assert held_out | {*first} == {key(p) for p in toy_env.make_problems(24, operands=2)}
     with pytest.raises(ValueError, match="expected a column 'answer'"):
-        data.dataset_task(replace(config, dataset=str(tmp_path / "bad")), "", None)
+        own_data.dataset_task(replace(config, dataset=str(tmp_path / "bad")), "", None)
 
 
 def test_command_line(monkeypatch, capsys):
@@ -675,8 +676,8 @@ def test_command_line(monkeypatch, capsys):
 
 
 def test_the_shipped_model_learns(tmp_path, monkeypatch, capsys):
-    command(monkeypatch, iterations=9, critic_warmup=2, lr=3e-4, critic_lr=3e-4, operands=2, distractors=1,
-            eval_every=9, eval_problems=64, device="cpu", out=tmp_path)
+    command(monkeypatch, iterations=9, critic_warmup=2, lr=3e-4, critic_lr=3e-4, operands=2, responses=64,
+            mini_batches=2, eval_every=9, eval_problems=64, device="cpu", out=tmp_path)
     rows = logged(tmp_path)
     rewards, explained = ([row[name] for row in rows[1:]] for name in ("reward", "explained_variance"))
     assert fmean(rewards[-2:]) > fmean(rewards[:3]) + 0.15, rewards  # three by the base model
