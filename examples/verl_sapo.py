@@ -4,17 +4,27 @@ NOT verl's loss_mode="sapo": that is *Soft Adaptive Policy Optimization* (arXiv 
 
 verl's registries cannot carry SAPO: an advantage estimator is given neither values nor entropies, a policy
 loss no ends, and a loss registered as "sapo" would silently replace the other method's. A trainer class can,
-without a patch, from verl 0.9.0 on. With this repository in PYTHONPATH on every node:
+without a patch, from verl 0.9.0 on. PYTHONPATH is this repository's folder; two lines are for each node:
 
-    pip install "verl[vllm]==0.9.1" && export VERL_USE_EXTERNAL_MODULES=examples.verl_sapo
+    pip install "verl[vllm,fsdp]==0.9.1" && export PYTHONPATH=... VERL_USE_EXTERNAL_MODULES=examples.verl_sapo
+    ray start --head  # on the others: --address=HEAD:6379
     python -m verl.trainer.main_ppo trainer.v1.trainer_mode=segments critic.enable=True \\
         algorithm.lam=0.99 algorithm.use_kl_in_reward=True algorithm.kl_ctrl.kl_coef=0.001 \\
         actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean critic.cliprange_value=inf \\
         +trainer.v1.segments.top_percent=30 +trainer.v1.segments.value_at=start
 
 and verl's own options. As in the paper, unlike verl: advantages are not whitened, no dual clip, no 0.5 in the
-value loss. Ran (tests/test_verl.py): three steps of verl's own trainer, workers and engine, in one process on
-a CPU. Never ran: Ray workers, FSDP's sharding, rollouts by vLLM, a GPU, a cluster.
+value loss. As in verl, a row that pads a mini-batch counts in its mean, with a loss of 0.
+
+[fsdp] pins TRL 0.27, whose value head makes a VLM a critic, and flash-attn, which that needs. TRL 1.16 has no
+such head; beside it verl builds no model. A running cluster learns neither variable from verl: export before
+`ray start`, or set ray_kwargs.ray_init.runtime_env. verl shows the model no image if it does not know its
+processor by name, so the trainer refuses all but PROCESSORS: Mllama and Qwen's stay of the README's families.
+FSDP2 needs ….wrap_policy.transformer_layer_cls_to_wrap=[…] for a SigLIP or CLIP tower, embeddings untied.
+
+Ran in float32 on CPUs (tests/test_verl_nodes.py): main_ppo on two Ray nodes of a rank each, FSDP2 over gloo,
+tiny_vlm, `generate` for vLLM; two steps equal sapo.py's in one process to 1e-6. Never ran: the pip line, a
+GPU, NCCL, vLLM, two machines, bf16, TRL's value head, a model of PROCESSORS or larger than the tiny one.
 """
 
 from functools import partial
@@ -23,6 +33,7 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
+from transformers import AutoProcessor
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.metric import Metric
@@ -34,6 +45,7 @@ NEEDED = {"critic.enable": True, "algorithm.adv_estimator": "gae", "distillation
           "algorithm.rollout_correction.bypass_mode": False, "algorithm.rollout_correction.rollout_is": None,
           "actor_rollout_ref.actor.use_kl_loss": False, "actor_rollout_ref.actor.entropy_coeff": 0,
           "actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-mean"}
+PROCESSORS = [f"{name}Processor" for name in "Qwen2VL Qwen2_5_VL Qwen3VL Glm4v Glm46V Mllama Gemma4".split()]
 
 
 def credit(data: TensorDict, gamma: float, lam: float, top_percent: float, value_at: str) -> dict:
@@ -81,6 +93,14 @@ class SAPOTrainer(PPOTrainerSync):
         config.trainer.v1.trainer_mode = "sync"                             # other names are async to verl
         super().__init__(config)
 
+    def _init_tokenizer(self):
+        super()._init_tokenizer()
+        if self.processor is None:                                          # of a text model, or unknown
+            remote = self.config.actor_rollout_ref.model.trust_remote_code
+            found = AutoProcessor.from_pretrained(self.tokenizer.name_or_path, trust_remote_code=remote)
+            if "Processor" in (name := type(found).__name__):
+                raise ValueError(f"processor is {name}: expected {' or '.join(PROCESSORS)}, which verl knows")
+
     def _setup(self):
         super()._setup()
         actor, critic = self.config.actor_rollout_ref.actor, self.config.critic
@@ -91,9 +111,10 @@ class SAPOTrainer(PPOTrainerSync):
         batch = super()._compute_advantage(batch, metrics)                  # for the KL penalty in rewards
         fields = ["response_mask", "rm_scores", "token_level_rewards", "values", "entropy"]
         data = tq.kv_batch_get(batch.keys, batch.partition_id, fields)
-        algorithm = self.config.algorithm
-        found = credit(data.to_padded_tensor(), algorithm.gamma, algorithm.lam, **self.options)
-        metrics["segments/mean"] = found["ends"].sum(1).float().mean().item()
+        padded, algorithm = data.to_padded_tensor(), self.config.algorithm
+        found = credit(padded, algorithm.gamma, algorithm.lam, **self.options)
+        responses = padded["response_mask"].any(1).sum()                    # not counting rows of padding
+        metrics["segments/mean"] = (found["ends"].sum() / responses).item()
         rows = {name: response_to_nested(x, data["response_mask"]) for name, x in found.items()}
         rows = TensorDict(rows, batch_size=len(batch))                      # in place of verl's GAE
         return tq.kv_batch_put(batch.keys, batch.partition_id, rows)

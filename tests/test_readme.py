@@ -85,7 +85,9 @@ def test_options_and_metrics_exist():
     fields = {f"--{name.replace('_', '-')}" for name in train_small.Config.__dataclass_fields__}
     assert set(re.findall(r"--[a-z][\w-]+", section("Options"))) <= fields | {"--help", "--help-all"}
     logged = set().union(*(json.loads(line) for line in open(ROOT / "results" / "sapo-0.jsonl")))
-    for row in re.findall(r"^\| (`.+?) \| ", section("Metrics"), re.M):
+    results = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    table = results.split("\n## Metrics\n")[1].split("\nOnly in the studies")[0]
+    for row in re.findall(r"^\| (`(?:reward|acc|first|expl|blame|entropy).+?) \| ", table, re.M):
         stem, *endings = re.findall(r"`(\w+)`", row)
         names = [stem] + [stem.rsplit("_", 1)[0] + ending for ending in endings]
         assert set(names) <= logged, names

@@ -1,10 +1,12 @@
 """examples/verl_sapo.py against verl's estimator and losses, and in verl's own trainer, workers and engine.
 
-One process, one CPU. Stand-ins: a dict for the TransferQueue, calls for Ray, a plain module for FSDP's.
+One process, one CPU. Stand-ins: a dict for the TransferQueue, calls for Ray, a plain module for FSDP's; the
+real ones are in tests/test_verl_nodes.py.
 verl has an environment of its own, as it pins an older transformers; elsewhere this file is skipped.
 """
 
 import copy
+import inspect
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, get_trainer_cls
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.utils import tensordict_utils as tu
 from verl.utils.profiler import DistProfiler, DistProfilerExtension
+from verl.utils.tokenizer import hf_processor
 from verl.utils.torch_functional import masked_whiten
 from verl.workers import engine_workers
 from verl.workers.config import FSDPActorConfig, FSDPCriticConfig
@@ -156,11 +159,14 @@ def test_micro_batches_add_up_also_where_one_is_all_padding(loss, name):
 
 
 # ----------------------------------------------------------------------------------- verl's own configuration
+def header_options():
+    """Of the command in the header of the example."""
+    return re.findall(r"\S+=\S+", verl_sapo.__doc__.split("main_ppo")[1].split("\n\n")[0])
+
+
 def settings(*more):
-    """verl's configuration, as the command in the header of the example sets it."""
-    command = re.findall(r"\S+=\S+", verl_sapo.__doc__.split("main_ppo")[1].split("\n\n")[0])
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=[*command, *more])
+        return compose("ppo_trainer", overrides=[*header_options(), *more])
 
 
 def test_the_command_in_the_header_makes_a_synchronous_trainer():
@@ -180,6 +186,14 @@ def test_settings_that_would_not_be_sapo_are_refused():
         OmegaConf.update(changed, name, "other")
         with pytest.raises(ValueError, match=f"{name} is other: expected"):
             verl_sapo.SAPOTrainer(changed)
+
+
+def test_a_processor_that_verl_does_not_know_is_refused():
+    known = re.findall(r'case "(\w+)":', inspect.getsource(hf_processor))
+    assert verl_sapo.PROCESSORS == known
+    trainer = verl_sapo.SAPOTrainer(settings("actor_rollout_ref.model.path=tiny_vlm"))
+    with pytest.raises(ValueError, match="processor is LlavaProcessor: expected Qwen2VLProcessor or"):
+        trainer._init_tokenizer()
 
 
 # --------------------------------------------------------------------- verl's own trainer, workers and engine
@@ -294,8 +308,12 @@ def as_verl(roll, outcome):
     return TensorDict(columns, batch_size=len(rows))
 
 
-def alone(policy, values, reference, optimizers, roll, outcome, temperature):
-    """The same step by sapo.py alone, on the rollout padded as a whole: two mini-batches. -> entropy, ends"""
+def alone(policy, values, reference, optimizers, roll, outcome, temperature=1.0, value_at="last", size=4,
+          share=1.0):
+    """The same step by sapo.py alone, on the rollout padded as a whole, in mini-batches of `size`.
+
+    share: of real rows in verl's mini-batch. -> entropy; ends; the last losses and gradient norms
+    """
     inputs, mask = train_small.full_inputs(roll.inputs, roll.ids, roll.mask), roll.mask
 
     def score(model):
@@ -310,14 +328,17 @@ def alone(policy, values, reference, optimizers, roll, outcome, temperature):
         entropy = sapo.token_entropy(logits)
         ends = sapo.ends_by_entropy(entropy, mask, 30)
         rewards = sapo.kl_rewards(outcome, old, score(reference)[0], mask, 0.001)
-        advantages, returns, value_mask = sapo.segment_gae(rewards, value(), ends, mask, 1.0, 0.99, "last")
-    for rows in (slice(4), slice(4, 8)):
+        advantages, returns, value_mask = sapo.segment_gae(rewards, value(), ends, mask, 1.0, 0.99, value_at)
+    for rows in torch.arange(len(mask)).split(size):
         policy_loss, _ = sapo.policy_loss(*(x[rows] for x in (score(policy)[0], old, advantages, ends, mask)))
-        (policy_loss + sapo.value_loss(value()[rows], returns[rows], value_mask[rows])).backward()
+        losses = policy_loss * share, sapo.value_loss(value()[rows], returns[rows], value_mask[rows]) * share
+        sum(losses).backward()
+        norms = [torch.nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
+                 for model in (policy, values)]
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return entropy, ends
+    return entropy, ends, [*losses, *norms]
 
 
 def weights(model):
@@ -350,7 +371,7 @@ def test_three_steps_of_verls_trainer_are_those_of_sapo_alone(queue, monkeypatch
         for work in (trainer._compute_old_log_prob, trainer._compute_ref_log_prob, trainer._compute_values,
                      trainer._compute_advantage, trainer._update_critic, trainer._update_actor):
             batch = work(batch, metrics)
-        entropy, ends = alone(*ours, reference, optimizers, roll, outcome, temperature)
+        entropy, ends, _ = alone(*ours, reference, optimizers, roll, outcome, temperature)
         for i, key in enumerate(keys):
             close(queue[key]["entropy"], entropy[i][roll.mask[i]], atol=1e-5)
             assert queue[key]["ends"].equal(ends[i][roll.mask[i]])
