@@ -7,6 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor asked for
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # for tiny models, and beside other processes, more of them only wait
+
 
 def torchvision_beside_another_torch():
     """Its operators may be compiled for another build. Images need none of them, but two must be known."""

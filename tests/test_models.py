@@ -179,6 +179,7 @@ def make_model(family, folder, vocab_size=None):
 
 
 # ------------------------------------------------------------------------------------------------------- runs
+SHORT = "Read, then compute."  # so that passes are
 SIZES = (48, 48), (60, 100), (130, 40), (33, 37), (64, 64), (20, 90)
 
 
@@ -214,7 +215,7 @@ def sampled(family):
     config = small(family, max_tokens=48, temperature=0.8, mini_batches=1)
     torch.manual_seed(0)
     policy, processor, critic, reference = train_small.load(config)
-    task = train_small.toy_task(config)._replace(tiles=True)
+    task = train_small.toy_task(config)._replace(tiles=True, instruction=SHORT)
     policy.generation_config.eos_token_id = policy.generation_config.eos_token_id[::3]  # for longer responses
     generate, kept = policy.generate, []
 
@@ -246,7 +247,7 @@ def test_scores_are_those_of_sampling_and_of_each_response_alone(sampled):
     expected = logits.log_softmax(2).gather(2, roll.ids[..., None])[..., 0]
     assert (log_probs - expected)[roll.mask].abs().max() < 1e-4
     for problem, ids, keep, found in zip(roll.problems, roll.ids, roll.mask, log_probs):
-        prompt = encode(s.processor, INSTRUCTION, [problem.image], [problem.question], "cpu")
+        prompt = encode(s.processor, SHORT, [problem.image], [problem.question], "cpu")
         assert prompt["attention_mask"].all()
         prompt = train_small.take(prompt, torch.arange(1), roll.image_ids)
         alone, _ = train_small.score(s.policy, prompt, ids[None, keep], keep[None, keep], temperature)
@@ -275,7 +276,7 @@ def test_features_give_the_log_probs_and_gradients_of_pixels(sampled):
     if s.policy.eyes is None:
         pytest.skip("cross-attention: pictures are seen in each pass")
     plain, _ = roles.load_policy(s.config.model, "cpu")
-    pixels = encode(s.processor, INSTRUCTION, *zip(*((p.image, p.question) for p in s.problems)), "cpu")
+    pixels = encode(s.processor, SHORT, *zip(*((p.image, p.question) for p in s.problems)), "cpu")
     pixels = train_small.take(pixels, torch.arange(16), s.roll.image_ids)
     for model, inputs in ((s.policy, s.inputs), (plain, pixels)):
         whole = getattr(model, "whole", model)
@@ -294,7 +295,7 @@ def test_features_give_the_log_probs_and_gradients_of_pixels(sampled):
 
 def test_parts_of_tokens_and_pieces_of_logits_give_the_gradient_of_the_whole_batch(sampled, monkeypatch):
     s, steps = sampled, []  # the family's own kinds of padding, positions and packing
-    for size, logits in ((0, 2**30), (700, 20_000)):
+    for size, logits in ((0, 2**30), (400, 20_000)):
         monkeypatch.setattr(train_small, "LOGITS", logits)  # in fp32 at a time
         config = replace(s.config, micro_tokens=size)
         policy, critic = copy.deepcopy(s.policy), copy.deepcopy(s.critic)
@@ -388,9 +389,10 @@ def test_parts_hold_each_row_once_within_the_budget_and_halve_in_a_full_memory(s
 
 def test_in_bfloat16_too_the_ratio_is_1_before_the_first_step(coin, tmp_path, monkeypatch):
     make_model(FAMILIES["idefics3"], tmp_path)
-    more = dict(dtype="bfloat16", micro_tokens=900, out=f"{tmp_path}/run")
+    more = dict(dtype="bfloat16", micro_tokens=400, out=f"{tmp_path}/run")
     config = small(tmp_path, algo="grpo", kl_coef=0.0, **more)
-    task = train_small.toy_task(config)._replace(stream=itertools.cycle(many_sizes(9, True)))
+    stream = itertools.cycle(many_sizes(9, True))
+    task = train_small.toy_task(config)._replace(stream=stream, instruction=SHORT)
     run, score_all = train_small.prepare(config, lambda _: task), train_small.score_all
     found = [train_small.step(run, 1)[3]]
     monkeypatch.setattr(train_small, "score_all", lambda *args: score_all(*args[:5]))  # in other parts
@@ -400,13 +402,14 @@ def test_in_bfloat16_too_the_ratio_is_1_before_the_first_step(coin, tmp_path, mo
 
 @pytest.mark.parametrize("algo", ["sapo", "srpo"])  # which has all of GRPO's
 def test_trains_and_sees_a_picture_once(family, algo, coin, tmp_path, monkeypatch):
-    config = small(family, algo=algo, micro_tokens=900 * (algo == "srpo"), out=str(tmp_path / "run"))
+    config = small(family, algo=algo, micro_tokens=400 * (algo == "srpo"), out=str(tmp_path / "run"))
     several, shown, corrupt = not family.name.startswith("paligemma"), [], train_small.srpo.corrupt_image
     monkeypatch.setattr(train_small.srpo, "corrupt_image", lambda *args, **more: shown.append(1) or corrupt(
         *args, **more))
     encoded, write = [], inputs.write_prompt
     monkeypatch.setattr(inputs, "write_prompt", lambda *args: encoded.append(1) or write(*args))
-    task = train_small.toy_task(config)._replace(stream=itertools.cycle(many_sizes(9, several)))
+    stream = itertools.cycle(many_sizes(9, several))
+    task = train_small.toy_task(config)._replace(stream=stream, instruction=SHORT)
     run, looks = train_small.prepare(config, lambda _: task), []
     tower = run.policy.whole.get_encoder("image")
     tower.register_forward_pre_hook(lambda *_: looks.append(1))

@@ -247,7 +247,8 @@ def test_answers_are_judged(monkeypatch, library):
 
 @pytest.mark.parametrize("text, sixths", [
     ("<perception>a</perception> <think>b</think> <answer>5</answer>", 6), ("5", 0),
-    ("<answer>5</answer>", 2), ("<perception>a</perception> <answer>5", 3), ("</think> b <think> <answer>5</answer>", 3),
+    ("<answer>5</answer>", 2), ("<perception>a</perception> <answer>5", 3),
+    ("</think> b <think> <answer>5</answer>", 3),
     ("<answer>5</answer> <think> b </think>", 2), ("<think> <think> b </think> <answer>5</answer>", 3)])
 def test_the_format_earns_a_share_for_each_tag_that_stands_once_and_in_order(text, sixths):
     reward = lambda answer: real_vlm.reward(train_small.Problem(None, "?", answer), text)

@@ -21,7 +21,7 @@ from examples import trl_sapo_segments, trl_srpo  # noqa: E402: they import TRL
 
 RANKS, RESPONSES, ROOT = 2, 24, Path(__file__).parent.parent
 SRPO, SEGMENTS = trl_srpo.SRPOTrainer, trl_sapo_segments.SegmentTrainer
-CASES = {"srpo, 1 step": (SRPO, 1), "srpo, 2 steps": (SRPO, 2), "segments, 2 steps": (SEGMENTS, 2)}
+CASES = {"srpo, 1 step": (SRPO, 1), "segments, 2 steps": (SEGMENTS, 2)}
 OF_THE_MACHINE = ("time", "per_second", "flos")
 
 
