@@ -5,8 +5,7 @@
 
 On toy problems it imitates tiny_vlm's sloppy teacher, whose slips and habits are what reward is to remove.
 Language model and projector learn; the vision tower, which holds Qwen-VL's projector, with --train-vision.
-The loop is in tiny_vlm/imitation.py. Ran on a CPU: tiny models (tests/test_warm_start.py), and four steps of
-examples/smol_llava.py's (held-out loss 0.84 to 0.41). Never: a whole warm start of a real one, or a GPU.
+The loop is in tiny_vlm/imitation.py. Ran on a CPU: tiny models, and four steps of examples/smol_llava.py's.
 """
 
 import itertools
