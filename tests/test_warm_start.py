@@ -18,15 +18,18 @@ from support import inputs, models
 from tiny_vlm import imitation, teacher
 
 
-def begin(at, options, name="qwen2_vl"):
-    make_model(FAMILIES[name], at / "base")
+def begin(at, options, name="idefics3"):
+    try:
+        make_model(FAMILIES[name], at / "base")
+    except ImportError as error:
+        pytest.skip(f"{name}: {' '.join(str(error).split())[:150]}")
     transformers.GenerationConfig(eos_token_id=[1], pad_token_id=0).save_pretrained(at / "base")
     warm_start.main(f"--model {at}/base --out {at}/new/warm --steps 3 --batch 4 --micro-batch 3 --lr 3e-3 "
                     f"--operands 2 --max-tokens 150 --eval-problems 3 --device cpu {options}".split())
 
 
 @pytest.mark.parametrize("name, more", [
-    ("smolvlm", ""), ("qwen2_vl", "--train-vision"), ("gemma3", "--truth 1")])
+    ("idefics3", ""), ("qwen2_vl", "--train-vision"), ("gemma3", "--truth 1")])
 def test_it_lowers_the_loss_and_saves_what_train_small_trains(name, more, tmp_path, capsys, monkeypatch):
     out, evaluate = tmp_path / "new" / "warm", train_small.evaluate
     monkeypatch.setattr(train_small, "evaluate", lambda c, *rest: evaluate(replace(c, max_tokens=3), *rest))
@@ -41,7 +44,7 @@ def test_it_lowers_the_loss_and_saves_what_train_small_trains(name, more, tmp_pa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llava", "smolvlm", "gemma3"])  # three ways to write a space
+@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3"])  # three ways to write a space
 def test_losses_are_those_of_a_loop_over_responses_and_tokens(name, tmp_path):
     make_model(FAMILIES[name], tmp_path)
     (model, processor), head, rows = models.load_policy(str(tmp_path), "cpu"), torch.nn.Linear(64, 1), []
@@ -85,6 +88,6 @@ def test_what_is_wrong_is_one_line_and_saves_nothing(options, said, tmp_path, ca
     norm = lambda *_: torch.tensor(math.nan) if options == "--seed 1" else signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
     with pytest.raises(SystemExit):
-        begin(tmp_path, options)
+        begin(tmp_path, options, "qwen2_vl" if "projector" in options else "idefics3")
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("-m examples.warm_start: ") and said in error and not [*tmp_path.glob("new/*")]
