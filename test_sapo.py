@@ -164,7 +164,7 @@ def test_eq11_token_entropy_matches_sum(shape):
 
 @pytest.mark.parametrize("percent", [1, 1.1, 1.5, 7, 28, 29, 30, 33.3, 55, 57, 99, 100])
 def test_sec42_ends_by_entropy_matches_loop(percent):                     # pitfall 21; with ties
-    for d in (*(batch(T=25, seed=seed) for seed in range(4)), batch(B=4, T=3000)):
+    for d in (*(batch(T=25, seed=seed) for seed in range(4)), batch(B=30, T=3000)):
         got = sapo.ends_by_entropy(d.entropy, d.mask, percent)            # 1.1 % of 3000 is 33
         assert torch.equal(got, pad([slow_ends(row, percent) for row in rows(d.mask, d.entropy)], False))
 
@@ -361,13 +361,6 @@ def test_srpo_group_advantages_match_a_loop_and_equal_outcomes_give_zero():
     assert A[:8].tolist() + A[16:].tolist() == [0.0] * 24                 # pitfall 13
     for verdicts in (torch.tensor([True, False]), torch.tensor([1, 0])):  # a verifier's bools or ints
         assert srpo.group_advantages(verdicts, 2).tolist() == pytest.approx([0.5 ** 0.5, -0.5 ** 0.5], 1e-5)
-
-
-def test_eq12_lift_takes_any_number_of_tokens(monkeypatch):
-    for place in (torch, torch.Tensor):  # it ends at 2**24 of them
-        monkeypatch.setattr(place, "quantile", lambda *_, **__: pytest.fail("torch.quantile"))
-    d = batch(6, 12)
-    assert math.isfinite(sapo.lift(d.entropy, d.values, d.mask)[0])
 
 
 SHORT = dict(zip("P /P T /T A /A".split(), srpo.TAGS))
@@ -616,16 +609,23 @@ def expect_the_same(case, d, by, filler):
     for name, x in outputs(case, there).items():
         y = want[name] if x.dim() < 2 else torch.stack([row.roll(k) for row, k in zip(want[name], by)])
         keep = on if case == "blank_perception" else torch.ones_like(x) == 1
-        torch.testing.assert_close(x[keep], y[keep], rtol=1e-5 * any(by), atol=1e-6 * any(by))
+        torch.testing.assert_close(x[keep], y[keep], rtol=1e-6 * any(by), atol=1e-7 * any(by))
 
 
-@pytest.mark.parametrize("filler", [1e6, NAN, -INF])
+@pytest.mark.parametrize("by", [[0] * 7, [3, 0, 5, 1, 2, 5, 4]], ids=["right-padded", "behind a prompt"])
+@pytest.mark.parametrize("filler", [1e6, -1e6, NAN, INF, -INF])
 @every_masked_case
-def test_padding_is_ignored_even_nan(case, filler):                       # pitfalls 3, 5, 6 and 22
-    for seed in range(4):
-        rng = random.Random(seed)
-        by = rng.choices(range(6), k=7) if seed else [0] * 7              # behind a prompt; right-padded
-        expect_the_same(case, batch(seed=seed), by, filler)
+def test_padding_is_ignored_even_nan(case, d, filler, by):                # pitfalls 3, 5, 6 and 22
+    expect_the_same(case, d, by, filler)
+
+
+def test_200_batches_do_not_depend_on_where_the_responses_stand():
+    for seed in range(200):
+        rng, d = random.Random(seed), batch(B=4, T=11, seed=seed)
+        cases = ("ends_by_entropy", "kl_rewards", "segment_gae", "segment_gae last", "segment_ratio",
+                 "policy_loss", "value_loss", "role_weights", "grpo_loss")
+        for case in rng.sample(cases, 4):
+            expect_the_same(case, d, rng.choices(range(6), k=4), rng.choice([1e6, NAN, INF]))
 
 
 @pytest.mark.parametrize("at", [0, 3, 7])
@@ -688,6 +688,17 @@ def test_half_precision_is_computed_in_fp32(case, dtype):                 # pitf
             assert x.dtype == want[name].dtype and torch.equal(x, want[name])
         else:                                                             # a gradient has its leaf's dtype
             assert (x - want[name]).abs().max() <= 0.01 * want[name].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_srpo_in_half_precision_sees_small_steps_and_survives_large_ones(dtype):
+    zero, A, one = torch.zeros(1, 1, dtype=dtype), torch.tensor([-0.01]), torch.ones(1, 1)
+    _, metrics = srpo.grpo_loss(zero - 0.001, zero - 0.004, A, one)
+    assert metrics["max_ratio_deviation"] == pytest.approx(0.003, rel=0.01)  # in bf16, a ratio of 1.003 is 1
+    for new, ref in ((15, 15), (0, 15)):                                  # exp(15) is inf in fp16: ratio, k3
+        f = lambda x: srpo.grpo_loss(x, zero, A, one, ref_log_probs=zero + ref, kl_coef=0.01)[0]
+        want = 0.01 * math.exp(new) + 0.01 * (1 - math.exp(ref - new))
+        assert grad(f, zero + new).item() == pytest.approx(want, rel=0.01)
 
 
 def test_kl_estimates_are_exact_on_a_three_token_vocabulary():            # pitfall 12
@@ -872,7 +883,7 @@ def slow_chain(d, x):
 
 
 def test_chain_equals_the_slow_loop():
-    d = batch(12, 256, shortest=64)
+    d = batch(48, 512, shortest=256)
     got, want = (chain(d, d.log_probs.clone().requires_grad_()) for chain in (fast_chain, slow_chain))
     for x, y in zip(got, want):
         same(x, y)

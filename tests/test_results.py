@@ -392,6 +392,13 @@ def test_bench_times_the_phases_of_the_miniature(algo, mini, capsys):
     assert min(seconds.values()) > 0 and "responses/s" in capsys.readouterr().out
 
 
+def test_lift_takes_any_number_of_tokens(monkeypatch):
+    for place in (torch, torch.Tensor):  # it ends at 2**24 of them
+        monkeypatch.setattr(place, "quantile", lambda *_, **__: pytest.fail("torch.quantile"))
+    entropy, values = torch.rand(2, 6, 12, generator=torch.Generator().manual_seed(0))
+    assert sapo.lift(entropy, values, torch.ones(6, 12))[0] >= 0
+
+
 def test_bench_compares_the_maths_with_slow_loops(monkeypatch, capsys):
     batch = test_sapo.batch
     monkeypatch.setattr(test_sapo, "batch", lambda *_, **__: batch(B=6, T=64))
