@@ -22,6 +22,7 @@ from statistics import fmean
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import sapo
 import srpo
@@ -40,13 +41,12 @@ CRITICS = {"sapo": {}, "sapo, V at last": dict(value_at="last"), "ppo": {}, "vc-
 KINDS = {"true reading": ("reading", True), "false reading": ("reading", False), "copied": ("operand", True),
          "computed": ("result", True), "false result": ("result", False)}  # → statement's kind, and truth
 TABLES = {  # part → caption, and its columns: measure → iterations
-    "blame": ("AUROC of −Â for the tokens of the one false statement, then over statements",
-              {"auroc_tokens": CHECKPOINTS, "auroc_statements": [10], "top1_statements": [10]}),
-    "values": ("V against Monte Carlo before a segment's first token, and squared error before its last",
-               {"value_error_start": CHECKPOINTS, "value_ev_start": [10], "value_bias_start": [10],
-                "value_error_last": [10, 40]}),
-    "ends": ("Ends of segments at decision points (digits of readings and results)",
-             {"precision": [5, 40], "recall": [5, 40]}),
+    "blame": ("How often −Â points at the one false statement", {
+        "auroc_tokens": [10], "auroc_statements": [10], "top1_statements": [10]}),
+    "values": ("V before a segment's first token, against Monte Carlo: squared error, explained variance", {
+        "value_error_start": [10, 40], "value_ev_start": [10]}),
+    "ends": ("Ends of segments at decisions, the digits of readings and results", {
+        "precision": [5, 40], "recall": [5, 40]}),
     "roles": ("SRPO's weights on digits, 1 on average", {kind: [10] for kind in KINDS}),
 }
 
@@ -223,12 +223,17 @@ def table(part: str, rows: list[dict]) -> str:
         mine = wide.setdefault((r["who"], r["seed"]), dict(label=r["who"], seed=r["seed"]))
         mine[f"{r['measure']}, it. {r['iteration']}"] = r["value"]
     columns = [f"{measure}, it. {i}" for measure, iterations in measures.items() for i in iterations]
-    return f"**{caption}**\n\n" + study.markdown("results.credit", list(wide.values()), columns)
+    lines = {who: [study.cell([r.get(c) for r in its]) for c in columns] for who, its in study.gather(
+        (r["label"], r) for r in wide.values()).items()}
+    seeds = len({r["seed"] for r in rows})
+    said = f"{caption}: `python -m results.credit`, {seeds} seeds, with 95 % intervals."
+    return study.markdown(said, [c.replace("_", " ") for c in columns], lines)
 
 
 def credit(world: str, workers: int = 1, seeds: int = SEEDS) -> str:
     """Measure what is missing; write a world's CSV and tables; return the tables."""
     rows = rows_of(world, workers, seeds)
+    study.pack()
     tables = {world + part: table(part, rows) for part in TABLES}
     study.publish(f"{world}credit", rows, tables)
     return "\n\n".join(tables.values())
@@ -255,8 +260,8 @@ def show(folder: str) -> None:
     pieces = roll.pieces[i]
     rows = {name: advantages[name][i, : len(pieces)].cpu() for name in ("grpo", "srpo", "ppo", "sapo")}
     figure = draw_slip(pieces, toy_env.tokens_of(slip, pieces), rows, ends["entropy"][i].tolist())
-    figure.suptitle(f"{roll.problems[i].question} Who is blamed for the slip (boxed)? Red: advantage below "
-                    "0, blue: above. Lines: where SAPO's segments end", fontsize=11)
+    figure.suptitle(f"{roll.problems[i].question} Who is blamed for the slip (boxed)?\nRed: advantage below 0, "
+                    "blue: above, each method on a scale of its own. Lines: SAPO's segments", fontsize=10)
     figure.savefig(study.HERE / "credit.png", dpi=110)
 
 
@@ -272,21 +277,26 @@ def one_slip(roll: train_small.Rollout, outcome: torch.Tensor) -> tuple[int, toy
 
 
 def draw_slip(pieces: list, slip: list, rows: dict, ends: list) -> Figure:
-    """A line of tokens for each method. slip: indices of the boxed tokens; ends: True at SAPO's ends."""
+    """Two lines of tokens for each method. slip: indices of the boxed tokens; ends: True at SAPO's ends."""
     shown = [piece.strip(" ").replace("\n", "↵") for piece in pieces]
-    edges = [0.0, *itertools.accumulate(len(piece) + 0.8 for piece in shown)]
-    left, right = edges[slip[0]], edges[slip[-1] + 1]
-    figure = Figure(figsize=(15, 1.0 * len(rows) + 0.6), layout="constrained")
+    half = len(shown) // 2
+    widths = [len(piece) + 0.8 for piece in shown]
+    lefts = [*itertools.accumulate([0.0, *widths[: half - 1]]), *itertools.accumulate([0.0, *widths[half:-1]])]
+    figure = Figure(figsize=(9, 1.0 * len(rows) + 0.6), layout="constrained")
     for axis, (name, advantages) in zip(figure.subplots(len(rows), 1), rows.items()):
         levels = (advantages / advantages.abs().max()).tolist()
-        for start, stop, piece, level in zip(edges, edges[1:], shown, levels):
-            axis.axvspan(start, stop, color=matplotlib.colormaps["RdBu"](0.5 + 0.4 * level), lw=0)
-            axis.text((start + stop) / 2, 0.5, piece, ha="center", va="center", fontsize=10,
+        for t, (x, width, piece, level) in enumerate(zip(lefts, widths, shown, levels)):
+            y = 1 if t < half else 0
+            colour = matplotlib.colormaps["RdBu"](0.5 + 0.4 * level)
+            axis.add_patch(Rectangle((x, y + 0.05), width, 0.9, color=colour, lw=0))
+            axis.text(x + width / 2, y + 0.48, piece, ha="center", va="center", fontsize=9,
                       color="white" if abs(level) > 0.8 else "black")
-        if name == "sapo":
-            axis.vlines([stop for stop, end in zip(edges[1:], ends) if end], 0, 1, color="black", lw=1)
-        axis.axvspan(left, right, fill=False, lw=2.5, zorder=3)
-        axis.set(xlim=(0, edges[-1]), ylim=(0, 1), xticks=[], yticks=[], ylabel=name.upper())
+            if name == "sapo" and ends[t]:
+                axis.vlines(x + width, y + 0.05, y + 0.95, color="black", lw=1.2)
+            if t in slip:
+                axis.add_patch(Rectangle((x, y + 0.05), width, 0.9, fill=False, lw=2.2, zorder=3))
+        longest = max(x + width for x, width in zip(lefts, widths))
+        axis.set(xlim=(0, longest), ylim=(0, 2), xticks=[], yticks=[], ylabel=name.upper())
         axis.spines[:].set_visible(False)
     return figure
 

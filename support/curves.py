@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
-import pandas
 import torch
+from matplotlib.figure import Figure
 
 import toy_env
 from support.run_folder import metrics, one_line, settings
@@ -78,17 +77,25 @@ def show(run, history: list[dict], texts: tuple[list[str], list[str]], seconds: 
 
 def plot(folder: Path) -> None:
     """Draw FOLDER/metrics.jsonl as FOLDER/curves.png."""
-    matplotlib.use("Agg")
     config, (history, _) = settings(folder, name="RUN")["config"], metrics(folder)
     title = f"{config['algo']}, seed {config['seed']}, {config.get('dataset') or config['operands']}"
     title += "" if config.get("dataset") else " operands"
-    table = pandas.DataFrame(history).set_index("responses").interpolate(limit_area="inside")
-    panels = [tuple(name for name in panel if name in table) for panel in PANELS]
-    panels = [panel for panel in panels if panel]  # without a critic there are fewer
-    axes = table[[name for panel in panels for name in panel]].plot(
-        subplots=panels, layout=(2, 3), figsize=(12, 6), title=title, grid=True, sharex=False)
-    axes.flat[0].figure.tight_layout()
-    axes.flat[0].figure.savefig(folder / "curves.png", dpi=110)
+    critic = any("value_loss" in row for row in history)
+    warmup = config["critic_warmup"] * config["responses"] if critic else 0
+    panels = [panel for panel in PANELS if any(name in row for row in history for name in panel)]
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure.suptitle(title)
+    for axis, panel in zip(figure.subplots(2, 3).flat, panels):
+        for name in panel:
+            points = [(r["responses"], r[name]) for r in history if r.get(name) is not None]
+            axis.plot(*zip(*points), "o" if name.startswith("accuracy") else "-", label=name.replace("_", " "))
+        if warmup:
+            axis.axvspan(0, warmup, color="black", alpha=0.06,
+                         label="critic's warm-up" if panel is panels[0] else None)
+        axis.set_xlabel("responses")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    figure.savefig(folder / "curves.png", dpi=110)
 
 
 def report(problems: list[Problem], history: list[dict], before: list[str], after: list[str]) -> None:

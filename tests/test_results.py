@@ -17,19 +17,20 @@ import sapo
 import test_sapo
 import toy_env
 import train_small
-from results import bench, credit, study
+from results import bench, credit, guards, pictures, studies, study
 from test_page import PROBLEM, TEXTS
 from tiny_vlm import make
 
 ROOT = study.HERE.parent
-README = (study.HERE / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (study.HERE / name).read_text(encoding="utf-8") for name in study.PAGES}
+TEXT = "".join(PAGES.values())
 FROZEN = ("srpo-forms", "guessing-forms")
 SMALL = dict(operands=2, responses=16, mini_batches=2, eval_problems=8, max_tokens=12, seed=0)
 
 
 def test_imports_run_one_way():
     above, alone = {"results", "examples", "tiny_vlm"}, {"sapo", "srpo", "toy_env"}
-    for room, files in (({"train_small"}, ["train_small.py", "results/study.py"]),
+    for room, files in (({"train_small"}, ["train_small.py"]),
                         (alone | {"support"}, ["support/*.py"]), (set(), [f"{name}.py" for name in alone])):
         for path in (path for pattern in files for path in ROOT.glob(pattern)):
             found = re.findall(r"^ *(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.M)
@@ -51,18 +52,17 @@ def removed(name):
 
 
 def test_runs_are_named_by_their_options_and_a_row_is_what_its_history_gives():
-    paths = sorted((study.HERE / "runs").iterdir())
-    asked = {study.path_of(options) for name in study.STUDIES for _, options in study.jobs_of(name)}
+    kept = study.archive(study.HERE)
+    asked = {study.path_of(options).name for name in study.STUDIES for _, options in study.jobs_of(name)}
     frozen = {row["command"] for name in FROZEN for row in removed(name)}
-    assert len(paths) >= 200 and all(len(path.name) <= 60 for path in paths)
-    for path in paths:
-        run = json.loads(path.read_text())
+    assert len(kept) >= 600 and all(len(name) <= 60 for name in kept)
+    for name, run in zip(kept, map(json.loads, kept.values())):
         kind = "credit" if "points" in run else ""
-        assert kind or (path in asked) != (run["row"]["command"] in frozen), path.name
-        assert path == study.path_of(run["options"], kind), path.name
+        assert kind or (name in asked) != (run["row"]["command"] in frozen), name
+        assert name == study.path_of(run["options"], kind).name
         if not kind:
             assert run["row"]["command"] == study.command(run["options"])
-            assert run["row"].items() >= study.summarise(run["history"]).items(), path.name
+            assert run["row"].items() >= study.summarise(run["history"]).items(), name
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
@@ -70,36 +70,45 @@ def test_csvs_and_tables_are_what_the_committed_runs_give(name, no_training):
     rows = study.rows_of(name, study.runs_of(name, workers=0))
     committed = (study.HERE / f"{name}.csv").read_bytes().decode()
     assert study.as_csv(rows) == committed
-    assert study.with_tables(README, {name: study.table(name, rows)}) == README
-    assert f"]({name}.png)" in README and (study.HERE / f"{name}.png").exists()
+    assert f"`{name}`" in TEXT or f"<!-- table {name} -->\n{study.table(name, rows)}\n<!-- end -->" in TEXT
 
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_csvs_and_tables_are_what_the_runs_of_removed_options_gave(name):
-    runs = map(json.loads, map(Path.read_text, (study.HERE / "runs").glob("srpo-*")))
+    runs = [json.loads(text) for name, text in study.archive(study.HERE).items() if name.startswith("srpo-")]
     runs = {run["row"]["command"]: run for run in runs}
     rows = [dict(label=row["label"]) | {k: study.value_of(runs[row["command"]], k) for k in [*row][1:]}
             for row in removed(name)]
     assert study.as_csv(rows) == (study.HERE / f"{name}-removed.csv").read_bytes().decode()
     assert not {row["label"] for row in rows} & {*study.STUDIES[name].runs}
     assert all(re.search(f"[ -]{x}( |$)", row["command"]) for row in rows for x in row["label"].split(", "))
-    cells = study.markdown("", rows, study.STUDIES[name].columns).split("\n\n")[1]
-    assert f"<!-- removed {name} -->\n{cells}\n<!-- end -->" in README
+    assert f"`{name}-removed.csv`" in TEXT
 
 
 def test_credit_csvs_and_tables_are_what_the_committed_runs_give(no_training):
     for world in credit.WORLDS:
         rows = credit.rows_of(world)
         assert study.as_csv(rows) == (study.HERE / f"{world}credit.csv").read_bytes().decode()
-        tables = {world + part: credit.table(part, rows) for part in credit.TABLES}
-        assert study.with_tables(README, tables) == README
-    named = {world + part for world in credit.WORLDS for part in credit.TABLES}
-    assert set(re.findall("<!-- table (.*) -->", README)) == {*study.STUDIES, *named}
+        for part in credit.TABLES:
+            assert world or f"<!-- table {part} -->\n{credit.table(part, rows)}\n<!-- end -->" in TEXT
+    assert {*re.findall("<!-- table (.*) -->", TEXT)} <= {*study.STUDIES, *credit.TABLES}
+
+
+def test_results_are_seen_in_a_sitting_and_every_picture_is_on_a_page():
+    files = [path for path in study.HERE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+             and path.parent.name != "runs" or path.suffix == ".gz"]
+    assert len(files) <= 70 and sum(path.stat().st_size for path in files) < 8e6
+    assert len(PAGES["README.md"].encode()) <= 40_000
+    shown = {*re.findall(r"\]\(([\w-]+\.png)\)", TEXT)}
+    assert {path.name for path in files if path.suffix == ".png"} == shown and len(shown) <= 14
+    for text in PAGES.values():
+        for rows in re.findall(r"\n((?:\|.*\n)+)<!-- end -->", text):
+            assert rows.count("\n") <= 12 and not re.search(r"\([^()|]*\)[^|]*\([^()|]*\) *\|", rows), rows
 
 
 def test_methods_are_tuned_on_seeds_of_their_own_and_no_best_is_at_an_edge(no_training):
-    for name, option, own in (("rates", "lr", study.RATE), ("lambda", "lam", study.OWN_LAMBDA),
-                              ("wordy-lambda", "lam", study.OWN_LAMBDA)):
+    for name, option, own in (("rates", "lr", studies.RATE), ("lambda", "lam", studies.OWN_LAMBDA),
+                              ("wordy-lambda", "lam", studies.OWN_LAMBDA)):
         found = {}
         for run in itertools.chain.from_iterable(study.runs_of(name, workers=0).values()):
             algo, seed = run["options"]["algo"], run["options"]["seed"]
@@ -112,7 +121,7 @@ def test_methods_are_tuned_on_seeds_of_their_own_and_no_best_is_at_an_edge(no_tr
             assert {len(accuracies) for accuracies in tried.values()} == {2}, (name, algo)
             assert min(tried) < best < max(tried), (name, algo)
             if name != "wordy-lambda":  # reported there: several that are level
-                assert best == study.BEST.get(algo, {}).get(option, own[algo]), (name, algo)
+                assert best == studies.BEST.get(algo, {}).get(option, own[algo]), (name, algo)
 
 
 # ------------------------------------------------------------------------------------------------------ study
@@ -132,6 +141,9 @@ def test_study_keeps_a_run_and_never_repeats_it(tmp_path, monkeypatch, mini, no_
     with pytest.raises(AttributeError):  # another run: it would be trained
         study.kept(more, study.train_once)
     assert study.kept(more, study.train_once, workers=0) == [run]
+    study.pack()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["sapo.jsonl.gz"]
+    assert study.kept(more, study.train_once, workers=0) == [run]
     assert {its["seed"] for _, its in study.jobs_of("table1", seeds=2)} == {0, 1}
 
 
@@ -143,12 +155,8 @@ def test_cells_intervals_and_tables():
     draws = sorted(map(statistics.fmean, itertools.product([1.0, 2.0, 3.0, 4.0, 5.0], repeat=5)))
     assert mean == 3.0 and low == pytest.approx(draws[int(0.025 * 5**5)], abs=0.21)
     assert high == pytest.approx(draws[int(0.975 * 5**5)], abs=0.21)
-    spreads = {1: "1 seed", 3: "3 seeds: mean (min–max)", 5: "5 seeds: mean (95 % interval)"}
-    for seeds, spread in spreads.items():
-        table = study.markdown("x", [dict(label="l", seed=i, a_b=0.1) for i in range(seeds)], ["a_b", "c"])
-        assert table == f"`python -m x`, {spread}.\n\n| | a b | c |\n|---|---|---|\n| l | 0.100 | – |"
-    rows = [dict(label=label, seed=i) for label, seeds in (("k", range(3)), ("l", (0, 2))) for i in seeds]
-    assert study.markdown("x", rows, ["a"]).endswith("| k | – |\n| l (2 of 3 seeds) | – |")
+    table = study.markdown("said", ["a b", "c"], dict(k=["1", "2"], l=["3", "4"]))
+    assert table == "said\n\n| | a b | c |\n|---|---|---|\n| k | 1 | 2 |\n| l | 3 | 4 |"
     text = "a\n<!-- table x -->\nold\n<!-- end -->\nb <!-- table y -->\n<!-- end -->"
     assert study.with_tables(text, {"x": "new"}) == text.replace("old", "new")
 
@@ -163,29 +171,26 @@ def test_differences_are_paired_by_seed(monkeypatch):
     assert study.difference(differences) == f"+0.050 ({0.05 - half:+.3f} to {0.05 + half:+.3f})"
     assert study.difference(differences[:3]) == "+0.033 (-0.050 to +0.100)"  # of three: min–max
     assert study.difference([500, -500]) == "+0 (-500 to +500)" and study.difference([]) == "–"
-    its = study.Study("?", {}, columns=("a",), pairs=(("x", "y"),))
-    monkeypatch.setitem(study.STUDIES, "s", its)
     base = {f"{column}_base": 0.0 for column in study.ACCURACY}
-    rows = [dict(base, label=label, seed=i, a=a) for label, i, a in (
-        ("x", 0, 0.5), ("x", 1, 0.7), ("y", 1, 0.4), ("y", 0, 0.1), ("y", 2, 0.9))]
-    assert study.table("s", rows).splitlines()[-1] == "| x − y | +0.350 (+0.300 to +0.400) |"
+    rows = [dict(base, label=label, seed=i, a=a, accuracy_sampled=a) for label, i, a in (
+        ("x", 0, 0.5), ("x", 1, 0.7), ("y", 1, 0.4), ("y", 0, 0.1), ("y", 2, 0.9), ("z", 0, 0.02))]
 
+    def table(*pairs, **more):
+        its = studies.Study("?", dict(x=0, y=0, z=0), pairs=pairs, shown=("a", "collapsed"), **more)
+        monkeypatch.setitem(study.STUDIES, "s", its)
+        return study.table("s", rows).splitlines()
 
-def test_gains_are_drawn_over_the_share_that_decides_nothing(monkeypatch):
-    its, shares = study.STUDIES["openings"], dict(none=0.1, few=0.3, many=0.5)
-    base = {kind: [dict(row=dict(idle=x + y)) for y in (-0.02, 0.02)] for kind, x in shares.items()}
-    monkeypatch.setattr(study, "runs_of", lambda name, workers: {"wording": base}[name])
-    runs = {label: [dict(row=dict.fromkeys(its.curves, i + (0.5 * seed if "sapo" in label else 0))
-                         | dict(seed=seed)) for seed in range(2)]
-            for i, label in enumerate(its.runs)}
-    del runs["sapo, on-policy, few"]
-    panels = study.lines("openings", runs)
-    assert list(panels) == list(its.curves)
-    for panel in panels.values():
-        assert {policy: {round(x, 4): y for x, y in line.items()} for policy, line in panel.items()} == {
-            "on-policy": dict.fromkeys((0.1, 0.5), [1, 1.5]),
-            "off-policy": dict.fromkeys((0.1, 0.3, 0.5), [1, 1.5]),
-            "off-policy at half the rate": dict.fromkeys((0.1, 0.3, 0.5), [1, 1.5])}
+    said, _, head, _, *lines = table(("x", "y"), ("x", "z"))
+    assert said == "`python -m results.study s`, 3 seeds; in brackets the range."
+    assert head == "| | a | collapsed | a: x − it |" and lines == [
+        "| x (2 seeds) | 0.600 | 0 of 2 | – |", "| y | 0.467 | 0 of 3 | +0.350 (+0.300 to +0.400) |",
+        "| z (1 seeds) | 0.020 | 1 of 1 | +0.480 (+0.480 to +0.480) |"]
+    *_, head, _, line = table(("y", "z"), ("x", "z"), rows=("y",))
+    assert head.endswith("| a: it − z |") and line.endswith("| +0.080 (+0.080 to +0.080) |")
+    *_, head, _, line = table(("x", "y"), only_pairs=True)
+    assert head == "| difference in | a | collapsed |"
+    assert line.startswith("| x − y | +0.350 (+0.300 to +0.400) |")
+    assert table()[0] == "`python -m results.study s`, 3 seeds." and table()[2] == "| | a | collapsed |"
 
 
 def test_t_is_students():
@@ -207,20 +212,60 @@ def test_a_critic_is_summed_up_while_there_is_something_to_explain():
     assert row["lucky"] == pytest.approx(0.1) and row["responses_to_80"] is None
 
 
-def test_pictures_leave_out_what_is_missing(tmp_path, monkeypatch):
-    its = study.STUDIES["figure5"]
-    runs = {label: [dict(options=options, row=dict.fromkeys(its.curves, x + i)) for x in (0.0, 0.75)]
-            for i, (label, options) in enumerate(its.runs.items())}
-    for run in (runs["5 %"][0], *runs["20 %"]):
-        run["row"]["blame_auroc"] = None
-    panels = study.lines("figure5", runs)
-    whole = {k: [0.0 + i, 0.75 + i] for i, k in enumerate((5, 10, 20, 30, 50, 100))}
-    assert panels["accuracy_paper"]["sapo"] == whole
-    del whole[20]
-    assert panels["blame_auroc"]["sapo"] == whole | {5: [0.75]}
-    monkeypatch.setattr(study, "HERE", tmp_path)
-    study.draw("figure5", dict(panels, nothing={"sapo": {}}))
-    assert (tmp_path / "figure5.png").stat().st_size > 1000
+def test_pictures_show_each_run_and_what_collapsed(monkeypatch, no_training):
+    by_label = study.runs_of("table3", workers=0)
+    figure = pictures.PICTURES["table3"]()
+    lines = figure.axes[0].lines
+    assert len(lines) == 16 and [x.get_text() for x in figure.axes[0].get_yticklabels()][0] == "entropy"
+    for (label, its), dots, bar in zip(by_label.items(), lines[::2], lines[1::2]):
+        assert [*dots.get_xdata()] == [run["row"]["accuracy_sampled"] for run in its], label
+        assert bar.get_xdata()[0] == pytest.approx(statistics.fmean(dots.get_xdata()))
+    axis = pictures.PICTURES["off_policy"]().axes[0]
+    assert sum(len(x.get_xdata()) for x in axis.lines if x.get_marker() == "X") == 2  # of 45 runs
+    reward = pictures.PICTURES["table1"]().axes[0].lines[0]
+    means = study.gather((row["responses"], row.get("reward")) for run in study.runs_of("table1", 0)["sapo"]
+                         for row in run["history"])
+    assert [*reward.get_ydata()] == pytest.approx([statistics.fmean(means[x]) for x in sorted(means)])
+    assert reward.get_color() == pictures.COLOURS["sapo"]
+
+
+def test_guards_bound_what_they_say():
+    g = torch.Generator().manual_seed(0)
+    mask = torch.arange(11) < torch.randint(4, 12, (5, 1), generator=g)
+    old, log_probs = (-torch.rand(5, 11, generator=g) * scale for scale in (1.0, 2.0))
+    ends = sapo.ends_by_entropy(torch.rand(5, 11, generator=g), mask)
+    advantages = 9 * torch.randn(5, 11, generator=g).masked_fill(~mask, 0)
+    config = SimpleNamespace(clip_low=0.2, clip_high=0.28)
+    given = (config, log_probs, SimpleNamespace(log_probs=old),
+             SimpleNamespace(advantages=advantages, ends=ends), mask)
+    loss, metrics = sapo.policy_loss(log_probs, old, advantages, ends, mask, 0.2, 0.28)
+    ours, its, _ = guards.objective("", *given)
+    assert ours == loss and its == metrics
+    ids = sapo.segment_ids(ends, mask)
+    for guard in ("", *guards.GUARDS):
+        total, free = 0.0, 0.0
+        for b in range(5):
+            row = []
+            for t in mask[b].nonzero()[:, 0].tolist():
+                its = ids[b] == ids[b, t]
+                s = float((log_probs - old)[b, its].mean().exp())
+                A = float(advantages[b, t])
+                A = max(-5, min(5, A)) if guard == "within 5" else A
+                narrower = int(its.sum()) if guard == "length" else 1
+                kept = min(s * A, max(1 - 0.2 / narrower, min(1 + 0.28 / narrower, s)) * A)
+                kept = max(kept, 3 * A) if guard == "dual" and A < 0 else kept
+                free = max(free, abs(float((log_probs - old)[b, t]))) if kept == s * A else free
+                row.append(kept)
+            total += sum(row) / len(row) / 5
+        found, _, largest = guards.objective(guard, *given)
+        assert (float(found), largest) == pytest.approx((-total, free), rel=1e-5), guard
+    before = train_small.policy_objective
+    with guards.guarded("dual") as largest:
+        train_small.policy_objective(SimpleNamespace(critic=True, **vars(config)), *given[1:])
+        assert len(largest) == 1 and train_small.policy_objective is not before
+    assert train_small.policy_objective is before
+    with pytest.raises(ValueError, match="guard is 'none': expected one of length"), guards.guarded("none"):
+        pass
 
 
 # ----------------------------------------------------------------------------------------------------- credit
