@@ -229,8 +229,6 @@ def warn(history: list[dict], config, said: set[str]) -> None:
     if all("not_finite" in row for row in history[-3:]):
         raise NotFinite(f"{history[-1]['not_finite']} was not finite three times in a row (the batches: "
                         f"{config.out}/not-finite-*.pt): try a lower --lr, --critic-lr or --head-lr")
-
-
     rewards = {row.get("reward") for row in history[-config.patience:]}
     if 0 < config.patience < len(history) and rewards in ({0}, {1}):
         raise NothingToLearn(
