@@ -2,6 +2,7 @@
 
     python -m results.page RUN      writes RUN/credit.html (RUN: a folder that train_small.py has written with
                                     --save, by a method with a critic)
+    python -m results.page PAGE     writes such a page anew: its own data, in the template as it is now
 
 The page holds about a dozen responses and what credit is made of: entropy, values, log-probs, contrasts and
 outcomes. Its script, in page.html, works out the credit: sapo.py's and srpo.py's equations once more, in
@@ -143,6 +144,13 @@ def render(data: dict) -> str:
     return template.replace("{{digest}}", digest).replace("{{data}}", whole)
 
 
+def data_of(page: Path) -> dict:
+    """What a page was made from."""
+    found = re.search('type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    run_folder.expect(found is not None, "RUN", str(page), "a folder, or a page that was made of one")
+    return json.loads(found[1])
+
+
 def gather(folder: Path) -> dict:
     """The page's data, from a run's folder."""
     saved = run_folder.settings(folder, train_small.Config, "RUN")["config"]
@@ -170,13 +178,14 @@ def gather(folder: Path) -> dict:
 
 def main() -> None:
     parser = study.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="a folder written by train_small.py --save")
+    parser.add_argument("run", type=Path, help="a folder written by train_small.py --save, or a page")
     with run_folder.one_line("results.page", ValueError, OSError):
-        folder = parser.parse_args().run
-        run_folder.expect((folder / "critic.pt").exists(), "RUN", str(folder), "one with a critic, by --save")
-        data = gather(folder)
-        (folder / "credit.html").write_text(render(data), encoding="utf-8")
-        print(f"{len(data['responses'])} responses: {folder / 'credit.html'}")
+        run = parser.parse_args().run
+        run_folder.expect(run.is_file() or (run / "critic.pt").exists(), "RUN", str(run),
+                          "a folder with a critic, by --save, or a page")
+        data, page = (data_of(run), run) if run.is_file() else (gather(run), run / "credit.html")
+        page.write_text(render(data), encoding="utf-8")
+        print(f"{len(data['responses'])} responses: {page}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""results/page.py and its page: the numbers, the knobs and the looks of it, in Chromium."""
+"""results/page.py and its page: the numbers, the knobs, the steps and the looks of it, in Chromium."""
 
-import base64
 import json
 import os
 import random
 import select
 import shutil
 import subprocess
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -25,22 +23,21 @@ KNOBS = {"ends": ["entropy", "newline", "step", "probability", "token", "once"],
          "lam": [i / 100 for i in range(101)], "gamma": [i / 100 for i in range(101)],
          "value_at": ["start", "last"], "contrast": ["-on_image", "on_perception"],
          "clip": [i / 20 for i in range(1, 20)], "temperature": [i / 20 for i in range(5, 81)]}
-
-
-def data_of(path):
-    text = path.read_text(encoding="utf-8").split('type="application/json">')[1]
-    return json.loads(text.split("</script>")[0])
+FIGURES = "entropy values old_log_probs log_probs on_image on_perception perception reasoning".split()
 
 
 # ---------------------------------------------------------------------------------------------------- page.py
-def test_the_committed_page_is_what_the_template_gives_and_asks_for_nothing_else():
-    text, data = PAGE.read_text(encoding="utf-8"), data_of(PAGE)
-    assert page.render(data) == text and len(text.encode()) < 1e6
+def test_the_committed_page_is_what_the_template_gives_and_asks_for_nothing_else(tmp_path, monkeypatch):
+    text, data, old = PAGE.read_text(encoding="utf-8"), page.data_of(PAGE), tmp_path / "old.html"
+    old.write_text(text.replace("<h1>", "<h1>Old: "), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["page", str(old)])
+    page.main()
+    assert old.read_text(encoding="utf-8") == page.render(data) == text and len(text.encode()) < 1e6
     assert {part.split('"')[0] for part in text.split("http")[1:]} == {  # links, and a meta element
         "s://arxiv.org/abs/2605.01327", "s://arxiv.org/abs/2605.07274", "-equiv="}
-    kinds = [kind for kind in page.KINDS for _ in range(page.EACH)] + [page.SAME] * 3
-    assert [r["kind"] for r in data["responses"]] == kinds
-    assert [r["stage"] for r in data["responses"][-3:]] == [0, 10, data["iterations"]]
+    kinds, stages = zip(*((r["kind"], r["stage"]) for r in data["responses"]))
+    assert kinds == (*sorted(page.KINDS * page.EACH, key=page.KINDS.index), *[page.SAME] * 3)
+    assert stages[-3:] == (0, 10, data["iterations"])
 
 
 PROBLEM = toy_env.make_problem(3, operands=3, distractors=0, operators="+")  # pink 7 + cyan 7 + orange 1
@@ -55,18 +52,16 @@ TEXTS = {name: f"<perception> pink {reading}, orange 1, cyan 7 </perception> <th
     ("a missing line", 7, "pink 7 + cyan 7 = 14", 14))}
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_a_response_is_of_the_kind_that_it_is_called(name):
-    found = page.kind_of(PROBLEM, TEXTS[name], toy_env.reward(PROBLEM, TEXTS[name]))
-    assert found == (name if name in page.KINDS else None)
+def test_a_response_is_of_the_kind_that_it_is_called():
+    found = [page.kind_of(PROBLEM, text, toy_env.reward(PROBLEM, text)) for text in TEXTS.values()]
+    assert found == [*page.KINDS, None, None]
 
 
 def test_chosen_are_other_problems_from_groups_with_both_outcomes_and_one_that_training_taught(monkeypatch):
     monkeypatch.setattr(credit, "GROUP", 2)
-    first = dict(zip("RUELM", TEXTS))  # right, luck, early, late, misread
 
-    def rolls(groups):
-        texts = [TEXTS[first[x]] for x in groups.replace(" ", "")]
+    def rolls(groups):  # of responses that are right, right by luck, wrong early or late, misread
+        texts = [[*TEXTS.values()]["RUELM".index(x)] for x in groups.replace(" ", "")]
         outcome = torch.tensor([toy_env.reward(PROBLEM, text) for text in texts])
         return SimpleNamespace(problems=[PROBLEM] * len(texts), texts=texts, outcome=lambda: outcome)
 
@@ -82,12 +77,11 @@ def test_a_run_becomes_data_that_the_page_can_use(tmp_path, monkeypatch):
         operands=2, iterations=20, corruption="blank", device="cpu", out=str(tmp_path), save=True))
     policy, processor, critic, _ = train_small.load(config)
     critic.head.weight.data.normal_()
-    (tmp_path / "run.json").write_text(json.dumps(dict(config=asdict(config) | dict(model="/not/here"))))
+    (tmp_path / "run.json").write_text(json.dumps(dict(config=vars(config) | dict(model="/not/here"))))
     policy.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     torch.save(critic.state_dict(), tmp_path / "critic.pt")
-    for parameter in policy.parameters():  # the checkpoints' are others
-        parameter.data.mul_(1.02)
+    [parameter.data.mul_(1.02) for parameter in policy.parameters()]  # the checkpoints' are others
     for i in (20, 10):
         torch.save(dict(policy=policy.state_dict(), critic=None), tmp_path / f"checkpoint-{i:05}.pt")
     monkeypatch.setattr(credit, "PROMPTS", 2)
@@ -97,7 +91,7 @@ def test_a_run_becomes_data_that_the_page_can_use(tmp_path, monkeypatch):
     assert [*rolls] == [r["stage"] for r in data["responses"]] == [0, 10, 20]
     roll, r = rolls[10], data["responses"][1]
     T = len(r["ids"])
-    assert r["ids"] == roll.ids[9, :T].tolist() and "".join(r["pieces"]) == roll.texts[9]
+    assert [r["ids"], "".join(r["pieces"])] == [roll.ids[9, :T].tolist(), roll.texts[9]]
     assert r["group"] == roll.outcome()[8:16].tolist() and r["seat"] == 1
     scored = train_small.score_all(config, policy, None, critic, roll)
     for name, x in dict(values=scored.values, entropy=scored.entropy, old_log_probs=scored.log_probs).items():
@@ -108,8 +102,7 @@ def test_a_run_becomes_data_that_the_page_can_use(tmp_path, monkeypatch):
         plan = train_small.draw_plan(config, roll)._replace(seed=0)
         weights, _ = train_small.weigh_roles(config, policy, processor, roll, scored, roll.outcome(), plan)
         code = f"weights = role_weights(torch.where(perception, on_image, {other}), perception, reasoning)"
-        found = run(code, r)["weights"].float()
-        torch.testing.assert_close(found[0], weights[9, :T], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run(code, r)["weights"].float()[0], weights[9, :T], rtol=1e-4, atol=1e-4)
     (tmp_path / "critic.pt").unlink()
     with pytest.raises(ValueError, match="expected one on the toy world, with a critic"):
         page.gather(tmp_path)
@@ -121,16 +114,14 @@ class Browser:
 
     def __init__(self, folder):
         theirs, self.to, self.of, back = *os.pipe(), *os.pipe()
-        flags = ("--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars "
-                 "--remote-debugging-pipe")
+        flags = "--headless --no-sandbox --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
         self.process = subprocess.Popen(
             ["bash", "-c", f"exec {CHROMIUM} {flags} --user-data-dir={folder} 3<&{theirs} 4>&{back}"],
             pass_fds=(theirs, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs), os.close(back)
         self.buffer, self.errors, self.tab, self.sent = b"", [], {}, 0
         target = self("Target.createTarget", url="about:blank")["targetId"]
-        attached = self("Target.attachToTarget", targetId=target, flatten=True)
-        self.tab = dict(sessionId=attached["sessionId"])
+        self.tab = self("Target.attachToTarget", targetId=target, flatten=True)
         for domain in ("Page", "Runtime", "Log"):
             self(f"{domain}.enable")
 
@@ -165,7 +156,7 @@ class Browser:
         self.js("new Promise(done => document.readyState === 'complete' ? done() : onload = done)")
 
     def press(self, key):
-        code = dict(Tab=9, End=35, Home=36, ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40)[key]
+        code = dict(Tab=9, Escape=27, End=35, Home=36).get(key) or 37 + "LURD".index(key[5])  # of an arrow
         for kind in ("rawKeyDown", "keyUp"):
             self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
@@ -176,23 +167,21 @@ def chromium(tmp_path_factory):
         pytest.skip("chromium is not installed")
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
-    browser.process.terminate()
-    browser.process.wait()
+    browser.process.terminate(), browser.process.wait()
 
 
 @pytest.fixture
 def browser(chromium):
+    chromium.open(PAGE)
     yield chromium
-    errors = chromium.errors.copy()
-    chromium.errors.clear()
+    errors, chromium.errors = chromium.errors, []
     assert not errors
 
 
 def run(code, r):
     """The page's lines of Python on a response's figures: all (G, T), its group being as many copies."""
-    (T, G), names = (len(r["ids"]), len(r["group"])), ("entropy", "values", "old_log_probs", "log_probs",
-                                                       "on_image", "on_perception", "perception", "reasoning")
-    given = {name: torch.tensor(r[name], dtype=torch.float64).expand(G, T) for name in names}
+    T, G = len(r["ids"]), len(r["group"])
+    given = {name: torch.tensor(r[name], dtype=torch.float64).expand(G, T) for name in FIGURES}
     given |= {name: given[name].bool() for name in ("perception", "reasoning")} | vars(sapo) | vars(srpo)
     given |= dict(mask=torch.ones(G, T), token_ids=torch.tensor(r["ids"]).expand(G, T), group_size=G,
                   rewards=torch.tensor([0.0] * (T - 1) + [r["group"][r["seat"]]]).expand(G, T),
@@ -202,80 +191,94 @@ def run(code, r):
 
 
 def expected(r, knobs, code):
-    """What sapo.py and srpo.py say of a response: method → name → (T,). The page's own lines say it for SAPO
-    and SRPO."""
-    x, y = run(code["sapo"], r), run(code["srpo"], r)
+    """What sapo.py and srpo.py say of a response: method → name → (T,). code: the page's lines, of both."""
+    x, y = (run(lines, r) for lines in code)
     mask, tokens = x["mask"], sapo.ends_every_token(x["mask"])
 
     def gae(ends, lam, **more):
         found = sapo.segment_gae(x["rewards"], x["values"], ends, mask, knobs["gamma"], lam, **more)
         return dict(advantages=found[0], returns=found[1])
 
-    own = dict(value_at=knobs["value_at"])
     ratio = dict(ratio=sapo.segment_ratio(x["log_probs"], x["old_log_probs"], tokens, mask))
     each = ratio | dict(v=x["values"], delta=gae(tokens, 0.0)["advantages"])
+    delta = gae(x["ends"], 0.0, value_at=knobs["value_at"])["advantages"]
     alike = srpo.group_advantages(x["outcome"], len(mask))
     found = {"GRPO": ratio | dict(advantages=srpo.srpo_advantages(alike, mask)),
              "SRPO": ratio | {name: y[name] for name in ("advantages", "weights", "contrasts")},
              "PPO": each | gae(tokens, 0.95), "VC-PPO": each | gae(tokens, 0.99, lam_returns=1.0),
-             "SAPO": {name: x[name] for name in ("advantages", "returns", "ratio")} | dict(
-                 v=x["returns"] - x["advantages"], delta=gae(x["ends"], 0.0, **own)["advantages"])}
+             "SAPO": dict({name: x[name] for name in ("advantages", "returns", "ratio")}, delta=delta,
+                          v=x["returns"] - x["advantages"])}
     return x["ends"][0].tolist(), {method: {name: values[r["seat"]] for name, values in names.items()}
                                    for method, names in found.items()}
 
 
-TURN = """(settings => settings.map(values => {
-  for (const [name, value] of Object.entries(values)) knobs.elements[name].value = value;
-  knobs.dispatchEvent(new Event("input"));
-  const rows = readout.querySelectorAll("[data-name]"), t = Math.floor(response.ids.length * values.clip);
+TURN = """(settings => settings.map((values, i) => {
+  fixed.checked = i % 2; turn(values);
+  const t = Math.floor(response.ids.length * values.clip), texts = xs => [...xs].map(x => x.textContent);
   show({t, method: "SRPO"});
-  return {shown, t, code: {sapo: find("sapo").textContent, srpo: find("srpo").textContent},
-          table: [...rows].map(row => [row.dataset.name, ...[...row.cells].map(cell => cell.textContent)]),
+  return {shown, t, scale: find("scale").textContent, code: texts([find("sapo"), find("srpo")]),
+          table: [...readout.querySelectorAll("tr")].slice(1).map(x => [x.dataset.name, texts(x.cells)]),
           drawn: METHODS.map(m => cells[m][t]).map(({style, classList}) =>
             style.getPropertyValue("--size") * (classList.contains("negative") ? -1 : 1)),
-          ends: cells.SAPO.map(cell => cell.matches(".end")),
-          reads: cells.V.map(cell => cell.matches(".read"))};
+          ends: cells.SAPO.map(x => x.matches(".end")), reads: cells.V.map(x => x.matches(".read"))};
 }))"""
+STEP = """(() => {
+  const visible = pseudo => ({firstChild}) => getComputedStyle(firstChild, pseudo).visibility === "visible";
+  const coloured = cell => getComputedStyle(cell).backgroundColor !== "rgba(0, 0, 0, 0)";
+  return [[cells.V.map(visible("::before")), cells.D.map(visible("")), cells.SAPO.map(coloured)],
+          [...steps.querySelectorAll("td:nth-child(2), td:nth-child(3)")].map(x => x.textContent.slice(2)),
+          [...walks].map(button => button.ariaDisabled), steps.querySelector("table").ariaLive];
+})()"""
+CONTRAST = """known = {}, light = colour => known[colour] ??= (  // Y of XYZ, the luminance
+  find("image").style.color = `color-mix(in xyz, ${colour}, ${colour})`,
+  0.05 + parseFloat(getComputedStyle(find("image")).color.split(" ")[2]));
+[0, 2, 4, 6, 8, 10].flatMap(i => (choose(i), [...plot.querySelectorAll(".token")].map(cell => {
+  const {color, backgroundColor} = getComputedStyle(cell), both = [light(color), light(backgroundColor)];
+  return Math.max(...both) / Math.min(...both);
+})))"""
+IN_SIGHT = """[...plot.children].every(table => (table.scrollIntoView(),
+  [table.rows[5].cells[1], ...document.querySelectorAll("[type=range]"), ...innerWidth > 1000 ? [] : walks]
+    .every(element => {
+      const {x, y, width, height} = element.getBoundingClientRect();
+      return element.contains(document.elementFromPoint(x + width / 2, y + height / 2));
+    })))"""
+CUT = """[...document.querySelectorAll("select")].filter(({style, offsetWidth}, i, all) =>
+  (style.cssText = "width: max-content; max-width: none", all[i].offsetWidth > offsetWidth)).length"""
 
 
 def test_the_numbers_are_those_of_sapo_and_srpo(browser, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # as in the page: fp32 is up to 1e-6 off
-    browser.open(PAGE)
-    rng, worst = random.Random(0), 0.0
-    for i, r in enumerate(data_of(PAGE)["responses"]):
-        browser.js(f"choose({i})")
+    rng = random.Random(0)
+    for i, r in enumerate(page.data_of(PAGE)["responses"]):
+        browser.js(f"turn(OURS), choose({i}), delta = shown.methods.SAPO.delta")
+        assert browser.js("delta[here.t] === Math.min(...delta)") or "slip" not in r["kind"]  # of the digit
         settings = [{name: rng.choice(values) for name, values in KNOBS.items()} for _ in range(5)]
         settings[0] |= dict(ends="entropy", k=30, value_at="start")
-        for knobs, seen in zip(settings, browser.js(f"{TURN}({json.dumps(settings)})")):
+        for n, (knobs, seen) in enumerate(zip(settings, browser.js(f"{TURN}({json.dumps(settings)})"))):
             ends, methods = expected(r, knobs, seen["code"])
             assert seen["shown"]["ends"] == seen["ends"] == ends, knobs
-            starts = [True, *ends[:-1]]
-            assert seen["reads"] == (starts if knobs["value_at"] == "start" else ends)
-            for column, (method, values) in enumerate(methods.items()):
-                found = seen["shown"]["methods"][method]
-                assert {*found} - {"reads"} == {*values}
-                for name, x in values.items():
-                    assert len(found[name]) == len(x)
-                    error = torch.tensor(found[name], dtype=torch.float64) - x
-                    worst = max(worst, float(error.abs().max()))
-                for name, _, *texts in seen["table"]:  # what one reads is what was worked out
-                    x, text = values.get(name), texts[column].replace("−", "-")
+            assert seen["reads"] == ([True, *ends[:-1]] if knobs["value_at"] == "start" else ends)
+            scale = 1 if n % 2 else max(float(x["advantages"].abs().max()) for x in methods.values())
+            assert seen["scale"] == ("Â ≤ −10≥ 1" if n % 2 else f"Â −{scale:.2f}0{scale:.2f}")
+            for m, (method, values) in enumerate(methods.items()):
+                found = {name: torch.tensor(x, dtype=torch.double)
+                         for name, x in seen["shown"]["methods"][method].items() if name != "reads"}
+                torch.testing.assert_close(found, values, rtol=0, atol=1e-9, check_dtype=False)
+                for name, (_, *texts) in seen["table"]:  # what one reads is what was worked out
+                    x, text = values.get(name), texts[m].replace("−", "-")
                     assert text == "–" if x is None else abs(float(text) - x[seen["t"]]) < 6e-4
-                a = float(values["advantages"][seen["t"]])
-                assert abs(seen["drawn"][column] - min(1, max(-1, a))) < 1e-6
-    assert worst < 1e-9, worst
+                assert abs(seen["drawn"][m] - values["advantages"][seen["t"]].div(scale).clamp(-1, 1)) < 1e-6
 
 
 def test_every_knob_and_every_token_is_reached_by_keyboard(browser):
-    browser.open(PAGE)
     browser.js("choice.focus()")
     browser.press("ArrowDown")
     assert browser.js("data.responses.indexOf(response)") == 5
-    slip, last = browser.js("response.false[0].tokens[0]"), browser.js("response.ids.length - 1")
+    slip, last = browser.js("response.false[0].tokens[1]"), browser.js("response.ids.length - 1")
     state = ("[JSON.stringify(settings()), JSON.stringify(shown), plot.innerHTML]"
              ".concat(['sapo', 'srpo'].map(id => find(id).textContent))")
     moved = set()
-    for _ in range(12):
+    for _ in range(15):
         browser.press("Tab")
         name = browser.js("document.activeElement.name || document.activeElement.className")
         if name.startswith("token"):
@@ -283,8 +286,8 @@ def test_every_knob_and_every_token_is_reached_by_keyboard(browser):
             for key, t, method in (("Home", 0, "SAPO"), ("ArrowLeft", 0, "SAPO"), ("ArrowRight", 1, "SAPO"),
                                    ("ArrowUp", 1, "VC-PPO"), ("ArrowDown", 1, "SAPO"), ("End", last, "SAPO")):
                 browser.press(key)
-                assert browser.js("document.activeElement === cells[here.method][here.t]")
-                assert browser.js("here") == dict(t=t, method=method)
+                found = browser.js("[here, document.activeElement === cells[here.method][here.t]]")
+                assert found == [dict(t=t, method=method), True]
                 assert f"Token {t + 1} of" in browser.js("document.querySelector('summary').textContent")
         elif name in KNOBS:
             before = browser.js(state)
@@ -296,83 +299,80 @@ def test_every_knob_and_every_token_is_reached_by_keyboard(browser):
     assert moved == {*KNOBS}
 
 
-@pytest.mark.parametrize("button, claim", [
-    ("Paper", "settings().lam === 0.99"),
-    ("λ to 1", "SAPO.advantages.every((a, t) => Math.abs(a + SAPO.v[t]) < 1e-9)"),  # the reward is 0
-    ("λ to 0", "SAPO.advantages.every((a, t) => a === SAPO.delta[t])"),
-    ("every token, λ 0.95", "SAPO.advantages.every((a, t) => a === PPO.advantages[t])"),
-    ("the last token only", "new Set(SAPO.advantages).size === 1"),
-    ("newlines, V before the last token", "SAPO.advantages[response.false[0].tokens[0]] > -0.1"),
-    ("clip to 0.05", "SRPO.advantages.every((a, t) => Math.abs(a / GRPO.advantages[t] - 1) < 0.1)"),
-    ("Ours", "settings().lam === 0.9 && settings().ends === 'entropy'")])
-def test_a_button_does_what_it_says(browser, button, claim):
-    browser.open(PAGE)
-    assert browser.js("SAPO = shown.methods.SAPO, SAPO.advantages[response.false[0].tokens[0]] < -0.6")
+def test_the_buttons_do_what_they_say(browser):
     pressed = "[...buttons].filter(b => b.ariaPressed === 'true').map(b => b.textContent)"
-    assert browser.js(pressed) == ["Ours"]
-    browser.js(f"[...buttons].find(b => b.textContent === {button!r}).click()")
-    assert browser.js(pressed) == [button]
-    assert browser.js(f"(({{SAPO, PPO, SRPO, GRPO}}) => {claim})(shown.methods)")
+    blamed = "shown.methods.SAPO.advantages[response.false[0].tokens[0]] < -0.6"
+    assert browser.js(f"[{pressed}, {blamed}]") == [["Ours"], True]
+    for button, claim in {
+            "Paper": "settings().lam === 0.99",
+            "λ to 1": "SAPO.advantages.every((a, t) => Math.abs(a + SAPO.v[t]) < 1e-9)",  # the reward is 0
+            "λ to 0": "SAPO.advantages.every((a, t) => a === SAPO.delta[t])",
+            "every token, λ 0.95": "SAPO.advantages.every((a, t) => a === PPO.advantages[t])",
+            "the last token only": "new Set(SAPO.advantages).size === 1",
+            "newlines, V before the last token": "SAPO.advantages[response.false[0].tokens[0]] > -0.1",
+            "clip to 0.05": "SRPO.advantages.every((a, t) => Math.abs(a / GRPO.advantages[t] - 1) < 0.1)",
+            "Ours": "settings().lam === 0.9 && settings().ends === 'entropy'"}.items():
+        browser.js(f"[...buttons].find(b => b.textContent === {button!r}).click()")
+        assert browser.js(pressed) == [button]
+        assert browser.js(f"(({{SAPO, PPO, SRPO, GRPO}}) => {claim})(shown.methods)"), button
 
 
-CONTRAST = """(() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const light = colour => {
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b] = canvas.getImageData(0, 0, 1, 1).data;
-    return 0.05 + (0.2126 * r ** 2.2 + 0.7152 * g ** 2.2 + 0.0722 * b ** 2.2) / 255 ** 2.2;
-  };
-  return [...plot.querySelectorAll(".token")].map(cell => {
-    const {color, backgroundColor} = getComputedStyle(cell), both = [light(color), light(backgroundColor)];
-    return Math.max(...both) / Math.min(...both);
-  });
-})()"""
+def test_the_arrow_keys_build_the_advantages_up_from_the_last_segment(browser):
+    for more in (dict(), dict(ends="newline", gamma=0.9, lam=0.5, value_at="last")):
+        browser.js(f"walk('Escape'), turn({{...OURS, ...{json.dumps(more)}}}), document.activeElement.blur()")
+        r, ends, now = browser.js("[response, shown.ends, settings()]")
+        lasts, ahead, a = [t for t, end in enumerate(ends) if end], r["group"][r["seat"]], 0.0
+        firsts = [0, *(t + 1 for t in lasts[:-1])]
+        for first, last in reversed([*zip(firsts, lasts)]):
+            v = r["values"][first if now["value_at"] == "start" else last]
+            delta, ahead = ahead - v, now["gamma"] * v  # Eq. 6
+            a = delta + now["gamma"] * now["lam"] * a  # Eq. 7
+            browser.press("ArrowLeft")
+            drawn, said, off, live = browser.js(STEP)
+            said = [eval(x.replace("−", "-").replace("·", "*")) for x in said if x]  # also what it is made of
+            assert said == pytest.approx([delta, delta, a, a][:len(said)], abs=2e-3)
+            assert drawn == [[t >= first for t in range(len(ends))]] * 3 and live == "polite"
+            assert off == [str(first == end).lower() for end in (0, firsts[-1], None)]
+        browser.js("cells.GRPO[0].focus()")  # while one steps, the keys step from a token too
+        for key, first in (("ArrowRight", firsts[1]), ("Escape", 0)):
+            browser.press(key)
+            assert browser.js(STEP)[0] == [[t >= first for t in range(len(ends))]] * 3
+        assert browser.js(f"walks[0].click(), {STEP}")[0] == [[t >= firsts[-1] for t in range(len(ends))]] * 3
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_it_looks_right_on_a_desk_and_on_a_telephone_by_day_and_by_night(browser, width, tmp_path):
-    pictures = {}
+def test_it_looks_right_on_a_desk_and_on_a_telephone_by_day_and_by_night(browser, width):
     for dark in (False, True):
         browser.open(PAGE, width, dark)
+        looks = browser.js("[getComputedStyle(document.body).backgroundColor, find('readout').open]")
+        assert looks == ["rgb(21, 23, 26)" if dark else "rgb(252, 252, 250)", width > 1000]
         assert browser.js("document.documentElement.scrollWidth") == width  # nothing hangs over the edge
-        assert browser.js("plot.scrollWidth <= plot.clientWidth")
+        assert browser.js("plot.scrollWidth <= plot.clientWidth") and browser.js(IN_SIGHT)
         if width > 1000:  # the colours are the same on a telephone
-            assert min(browser.js(f"data.responses.flatMap((_, i) => (choose(i), {CONTRAST}))")) > 4.4
-        browser.js("choose(4)")
-        size = browser("Page.getLayoutMetrics")["cssContentSize"]
-        shot = browser("Page.captureScreenshot", captureBeyondViewport=True, clip=size | dict(scale=1))
-        pictures[dark] = base64.b64decode(shot["data"])
-        (tmp_path / f"{width}-{'dark' if dark else 'light'}.png").write_bytes(pictures[dark])
-        assert browser.js("find('readout').open") == (width > 1000)
-    assert pictures[True] != pictures[False]
+            assert min(browser.js(CONTRAST)) > 4.4
+    browser.js("turn({...OURS, ends: 'token', gamma: 0.95}), bar = document.querySelector('aside')")
+    assert browser.js("response.ids.every(() => (walk('ArrowLeft'), bar.scrollWidth <= bar.clientWidth))")
+    assert browser.js(f"find('all').checked = true, {CUT}") == 0
 
 
 def test_hostile_text_is_shown_and_runs_nothing(browser, tmp_path):
-    data = data_of(PAGE)
-    evil = ["</script><script>globalThis.hacked = 1</script>", '"><img src=x onerror="hacked = 1">',
-            "<!--<script>", "{{data}}{{digest}}",
-            "'`${hacked = 1}\\", "\u2028\u202e", "&lt;", "x" * 3000, "", "\n"]
-    r = data["responses"][0]
-    for key in ("question", "answer", "stated", "cells", "kind"):
-        r[key] = "".join(evil)
-    r["image"] = "javascript:hacked = 1"
-    r["pieces"] = (evil * 10)[:len(r["pieces"])]
-    r["false"] = [dict(kind=evil[0], text="".join(evil), tokens=[0, 1, 2])]
-    large = data["responses"][1]
+    data = page.data_of(PAGE)
+    evil = ["</script><script>hacked = 1</script>", '"><img src=x onerror="hacked = 1">', "<!--<script>",
+            "{{data}}{{digest}}", "'`${hacked = 1}\\", "\u2028\u202e", "&lt;", "x" * 3000, "", "\n"]
+    r, large, *_ = data["responses"]
+    r |= dict.fromkeys(("question", "answer", "stated", "cells", "kind"), "".join(evil))
+    r |= dict(image="javascript:hacked = 1", pieces=(evil * 10)[:len(r["pieces"])],
+              false=[dict(kind=evil[0], text="".join(evil), tokens=[0, 1, 2])])
     large["pieces"][0] = "<" * 2**20  # a megabyte, and six of them once escaped
-    text = page.render(data | dict(responses=[r, large, data["responses"][2]]))
-    assert len(text.encode()) < 1e6
     path = tmp_path / "hostile.html"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(page.render(data | dict(responses=[r, large, data["responses"][2]])), encoding="utf-8")
+    assert path.stat().st_size < 1e6
     browser.open(path)
-    browser.js("choose(0)")
-    found = browser.js("cells.SAPO.map(cell => cell.textContent)")
+    found = browser.js("choose(0), cells.SAPO.map(cell => cell.textContent)")
     assert len(found) == len(r["pieces"]) and found[3] == "{{data}}{{digest}}"
     assert [x[:8] for x in found[:3]] == [x[:8] for x in evil[:3]] and max(map(len, found)) < 30
-    assert browser.js("data.responses.length") == 2 and browser.js("response.pieces[0]") == evil[0]
-    assert browser.js("typeof hacked") == "undefined"
-    assert browser.js("document.images.length") == 1 and browser.js("document.scripts.length") == 2
+    found = "[data.responses.length, response.pieces[0], typeof hacked, document.images.length]"
+    assert browser.js(found) == [2, evil[0], "undefined", 1] and browser.js("document.scripts.length") == 2
     browser.errors.clear()  # the refused image
     with pytest.raises(ValueError, match="expected at least one"):
         page.render(data | dict(responses=[large]))
