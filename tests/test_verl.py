@@ -1,4 +1,4 @@
-"""examples/verl_sapo.py against verl's estimator and losses, and in verl's own trainer, workers and engine.
+"""examples/verl_*.py against verl's estimator and losses, and in verl's own trainer, workers and engine.
 
 One process, one CPU. Stand-ins: a dict for the TransferQueue, calls for Ray, a plain module for FSDP's; the
 real ones are in tests/test_verl_nodes.py.
@@ -8,11 +8,13 @@ verl has an environment of its own, as it pins an older transformers; elsewhere 
 import copy
 import inspect
 import re
+import zlib
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_outputs import TokenClassifierOutput
 
 pytest.importorskip("verl")
 
@@ -20,6 +22,7 @@ import transfer_queue
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tensordict import NonTensorStack, TensorDict
+from verl.experimental.agent_loop import AgentLoopWorker
 from verl.protocol import DataProto
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import compute_advantage
@@ -35,13 +38,15 @@ from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.utils import losses
 
 import sapo
+import srpo
 import toy_env
 import train_small
-from examples import verl_sapo
+from examples import verl_sapo, verl_srpo
 
 LENGTHS, PROMPTS = [5, 1, 7, 3, 0, 6], [3, 2, 4, 1, 2, 5]                   # 0: a padding row of verl's
 TOKENS = [max(n, 1) for n in LENGTHS]                                       # it has a token, masked out
 CONFIG = dict(ppo_micro_batch_size_per_gpu=1, loss_agg_mode="seq-mean-token-mean")
+TRAINERS = {verl_sapo: verl_sapo.SAPOTrainer, verl_srpo: verl_srpo.SRPOTrainer}
 close = partial(torch.testing.assert_close, atol=1e-6, rtol=1e-6)
 
 
@@ -159,40 +164,46 @@ def test_micro_batches_add_up_also_where_one_is_all_padding(loss, name):
 
 
 # ----------------------------------------------------------------------------------- verl's own configuration
-def header_options():
+def header_options(example):
     """Of the command in the header of the example."""
-    return re.findall(r"\S+=\S+", verl_sapo.__doc__.split("main_ppo")[1].split("\n\n")[0])
+    return re.findall(r"\S+=\S+", example.__doc__.split("main_ppo")[1].split("\n\n")[0])
 
 
-def settings(*more):
+def settings(*more, example=verl_sapo):
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=[*header_options(), *more])
+        return compose("ppo_trainer", overrides=[*header_options(example), *more])
 
 
-def test_the_command_in_the_header_makes_a_synchronous_trainer():
-    config = settings()
+@pytest.mark.parametrize("example", TRAINERS)
+def test_the_command_in_the_header_makes_a_synchronous_trainer(example):
+    config = settings(example=example)
     trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
-    assert type(trainer) is verl_sapo.SAPOTrainer and trainer.use_critic and trainer.use_reference_policy
+    assert type(trainer) is TRAINERS[example] and trainer.use_reference_policy
     assert isinstance(trainer.replay_buffer, ReplayBuffer)
     assert not isinstance(trainer.replay_buffer, ReplayBufferAsync)
-    assert trainer.options == {"top_percent": 30, "value_at": "start"}
+    if example is verl_sapo:
+        assert trainer.use_critic and trainer.options == {"top_percent": 30, "value_at": "start"}
+    else:
+        assert not trainer.use_critic and trainer.alpha == 1 and trainer.corruption == {"kind": "patches"}
     assert core_algos.POLICY_LOSS_REGISTRY["sapo"] is core_algos.compute_policy_loss_sapo  # the other SAPO's
 
 
-def test_settings_that_would_not_be_sapo_are_refused():
-    config = settings()
-    for name in verl_sapo.NEEDED:
+@pytest.mark.parametrize("example", TRAINERS)
+def test_settings_that_would_be_another_method_are_refused(example):
+    config = settings(example=example)
+    for name in example.NEEDED:
         changed = config.copy()
         OmegaConf.update(changed, name, "other")
         with pytest.raises(ValueError, match=f"{name} is other: expected"):
-            verl_sapo.SAPOTrainer(changed)
+            TRAINERS[example](changed)
 
 
-def test_a_processor_that_verl_does_not_know_is_refused():
+@pytest.mark.parametrize("example", TRAINERS)
+def test_a_processor_that_verl_does_not_know_is_refused(example):
     known = re.findall(r'case "(\w+)":', inspect.getsource(hf_processor))
     assert verl_sapo.PROCESSORS == known
-    trainer = verl_sapo.SAPOTrainer(settings("actor_rollout_ref.model.path=tiny_vlm"))
-    with pytest.raises(ValueError, match="processor is LlavaProcessor: expected Qwen2VLProcessor or"):
+    trainer = TRAINERS[example](settings("actor_rollout_ref.model.path=tiny_vlm", example=example))
+    with pytest.raises(ValueError, match="processor is (LlavaProcessor: expected Qwen2VLProcessor or|None)"):
         trainer._init_tokenizer()
 
 
@@ -270,11 +281,12 @@ class Values(torch.nn.Module):
 
     def __init__(self, critic):
         super().__init__()
-        self.critic = critic
-        torch.nn.init.normal_(critic.head.weight, std=0.1)
+        self.critic, self.config = critic, critic.backbone.config
+        torch.nn.init.normal_(critic.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
 
     def forward(self, **inputs):
-        return SimpleNamespace(logits=self.critic.head(self.critic.backbone(**inputs).last_hidden_state))
+        hidden = self.critic.backbone(**inputs).last_hidden_state
+        return TokenClassifierOutput(logits=self.critic.head(hidden))       # FSDP2 finds tensors in it
 
 
 @pytest.fixture
@@ -288,6 +300,20 @@ def queue(monkeypatch):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield queue
     torch.distributed.destroy_process_group()
+
+
+def message(problem):
+    """A problem as verl's data sets give it."""
+    content = [{"type": "image", "image": problem.image}, {"type": "text", "text": problem.question}]
+    return [{"role": "user", "content": content}]
+
+
+class Data:
+    """Finds a prompt's images, as verl's data sets do."""
+
+    @classmethod
+    async def process_vision_info(cls, messages, **_):
+        return [part["image"] for part in messages[0]["content"] if part["type"] == "image"], None
 
 
 def as_verl(roll, outcome):
@@ -304,8 +330,16 @@ def as_verl(roll, outcome):
     columns = {name: nested(row[name] for row in rows) for name in rows[0]}
     pixels = [{"pixel_values": x[None]} for x in roll.inputs["pixel_values"]]
     columns["multi_modal_inputs"] = NonTensorStack(*pixels)
-    columns["uid"] = NonTensorStack(*map(str, range(len(rows))))
+    columns["uid"] = NonTensorStack(*(str(i // 4) for i in range(len(rows))))
+    columns["raw_prompt"] = NonTensorStack(*map(message, roll.problems))
     return TensorDict(columns, batch_size=len(rows))
+
+
+def score(model, roll, temperature=1.0, **others):
+    """Log-probabilities (B, T) and logits (B, T, V) of a rollout. others: inputs in place of its own."""
+    inputs = train_small.full_inputs(roll.inputs | others, roll.ids, roll.mask)
+    logits = model(**inputs).logits[:, -roll.mask.shape[1] - 1:-1] / temperature
+    return logits.log_softmax(-1).gather(2, roll.ids[..., None])[..., 0], logits
 
 
 def alone(policy, values, reference, optimizers, roll, outcome, temperature=1.0, value_at="last", size=4,
@@ -315,30 +349,41 @@ def alone(policy, values, reference, optimizers, roll, outcome, temperature=1.0,
     share: of real rows in verl's mini-batch. -> entropy; ends; the last losses and gradient norms
     """
     inputs, mask = train_small.full_inputs(roll.inputs, roll.ids, roll.mask), roll.mask
-
-    def score(model):
-        logits = model(**inputs).logits[:, -mask.shape[1] - 1:-1] / temperature  # (B, T, V)
-        return logits.log_softmax(-1).gather(2, roll.ids[..., None])[..., 0], logits
+    log_probs = lambda model: score(model, roll, temperature)[0]            # (B, T)
 
     def value():
         return values(**inputs).logits[:, -mask.shape[1] - 1:-1, 0]         # (B, T)
 
     with torch.no_grad():
-        old, logits = score(policy)
+        old, logits = score(policy, roll, temperature)
         entropy = sapo.token_entropy(logits)
         ends = sapo.ends_by_entropy(entropy, mask, 30)
-        rewards = sapo.kl_rewards(outcome, old, score(reference)[0], mask, 0.001)
+        rewards = sapo.kl_rewards(outcome, old, log_probs(reference), mask, 0.001)
         advantages, returns, value_mask = sapo.segment_gae(rewards, value(), ends, mask, 1.0, 0.99, value_at)
     for rows in torch.arange(len(mask)).split(size):
-        policy_loss, _ = sapo.policy_loss(*(x[rows] for x in (score(policy)[0], old, advantages, ends, mask)))
+        given = log_probs(policy), old, advantages, ends, mask
+        policy_loss, _ = sapo.policy_loss(*(x[rows] for x in given))
         losses = policy_loss * share, sapo.value_loss(value()[rows], returns[rows], value_mask[rows]) * share
         sum(losses).backward()
-        norms = [torch.nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
-                 for model in (policy, values)]
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        norms = [norm_and_step(*pair) for pair in zip((policy, values), optimizers)]
     return entropy, ends, [*losses, *norms]
+
+
+def norm_and_step(model, optimizer):
+    norm = torch.nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def weighed(policy, roll, pixels, outcome, group):
+    """SRPO's advantages (B, T) by srpo.py alone, and the old log-probabilities. pixels: corrupted."""
+    with torch.no_grad():
+        old, other = score(policy, roll)[0], score(policy, roll, pixel_values=pixels)[0]
+    perception, reasoning = srpo.split_roles(roll.pieces, roll.mask)
+    on_image = srpo.contrast(old, other, roll.mask)
+    weights = srpo.role_weights(torch.where(perception, on_image, -on_image), perception, reasoning)
+    return srpo.srpo_advantages(srpo.group_advantages(outcome, group), weights), old
 
 
 def weights(model):
@@ -380,3 +425,52 @@ def test_three_steps_of_verls_trainer_are_those_of_sapo_alone(queue, monkeypatch
             torch.testing.assert_close(mine, verls, atol=2e-6, rtol=1e-5)
         assert metrics["segments/mean"] == pytest.approx(ends.sum(1).float().mean().item())
         assert metrics["actor/max_ratio_deviation"] > 1e-3                  # in the second mini-batch
+
+
+def test_srpos_advantages_in_verls_trainer_are_those_of_srpo_alone(queue, monkeypatch):
+    torch.manual_seed(0)
+    config = train_small.complete(train_small.Config(device="cpu", algo="srpo"))
+    policy, processor, *_ = train_small.load(config)
+    parts = dict(actor_rollout_wg=Worker(Engine(policy, 0.0), queue), distillation_config=None,
+                 tokenizer=processor.tokenizer, processor=processor, train_dataset=Data)
+    monkeypatch.setattr(PPOTrainerSync, "_setup", lambda self: self.__dict__.update(parts))
+    trainer = verl_srpo.SRPOTrainer(settings("+trainer.v1.roles.patch=8", example=verl_srpo))
+    trainer._setup()
+    problems = [toy_env.make_problem(i // 4) for i in range(8)]
+    roll = train_small.rollout(policy, processor, train_small.toy_task(config), problems, 46)
+    outcome, keys, metrics = torch.randn(8), [f"{i // 4}_{i % 4}_0" for i in range(8)], {}
+    batch = queue.kv_batch_put(keys, "train", as_verl(roll, outcome))
+    batch = trainer._compute_advantage(trainer._compute_old_log_prob(batch, metrics), metrics)
+    seeds = [zlib.crc32(key.encode()) for key in keys]
+    images = [srpo.corrupt_image(p.image, patch=8, seed=seed) for p, seed in zip(problems, seeds)]
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    advantages, _ = weighed(policy, roll, pixels, outcome, group=4)
+    for i, key in enumerate(keys):
+        close(queue[key]["advantages"], advantages[i][roll.mask[i]], atol=2e-6)
+        assert queue[key]["multi_modal_inputs"]["pixel_values"].equal(roll.inputs["pixel_values"][i:i + 1])
+    assert metrics["weight/perception"] > 1.1 and metrics["contrast/perception"] > 1
+    assert len({image.tobytes() for image in images}) == 8                  # though there are two problems
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_an_image_with_no_patch_blackened_is_what_verls_agent_loop_made(family, tmp_path):
+    from test_models import FAMILIES, make_model
+
+    try:
+        make_model(FAMILIES[family], tmp_path)
+    except ImportError as error:                                            # torchvision
+        pytest.skip(str(error))
+    images = [toy_env.make_problem(i).image.resize((130, 60 + 40 * i)) for i in range(2)]
+    prompt = [{"role": "user", "content": [{"type": "image", "image": image} for image in images]}]
+    processor = hf_processor(tmp_path)
+    text = processor.apply_chat_template(prompt, tokenize=False)
+    ids = processor(text=[text], images=images, return_tensors="pt")["input_ids"]
+    agent = SimpleNamespace(processor=processor, tokenizer=processor.tokenizer)
+    output = SimpleNamespace(multi_modal_data={"images": images}, mm_processor_kwargs={})
+    inputs = AgentLoopWorker._compute_multi_modal_inputs(agent, output, ids)
+    trainer = verl_srpo.SRPOTrainer(settings(example=verl_srpo))
+    trainer.processor, trainer.train_dataset = processor, Data
+    for trainer.corruption in ({"share": 0}, {"share": 0.5}):
+        found = trainer.corrupted(prompt, inputs, seed=0)
+        assert found.keys() == inputs.keys() and found["pixel_values"].shape == inputs["pixel_values"].shape
+        assert found["pixel_values"].equal(inputs["pixel_values"]) == (trainer.corruption["share"] == 0)

@@ -1,4 +1,4 @@
-"""verl 0.9.1 on CPUs, by what it lets one register: platform, engines, rollout replica, data and reward.
+"""verl 0.9.1 on CPUs, by what it lets one register: platform, engines, agent loop and rollout replica.
 
 For tests/test_verl_nodes.py. Real: Ray's workers, TransferQueue, FSDP2 over gloo, verl's agent loop, and the
 weights' way to the rollout. Stand-ins: tiny_vlm, `generate` for vLLM, a linear head for TRL's, "GPU" a name.
@@ -19,7 +19,6 @@ sys.modules["trl"] = None  # models/transformers/monkey_patch.py:352 wants a val
 import ray  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor  # noqa: E402
-from transformers.modeling_outputs import TokenClassifierOutput  # noqa: E402
 from verl.plugin.platform.platform_base import PlatformBase  # noqa: E402
 from verl.plugin.platform.platform_manager import PlatformRegistry  # noqa: E402
 
@@ -47,14 +46,14 @@ class PlatformCPU(PlatformBase):
     nvtx_range = answer(contextlib.nullcontext())
 
 
-from verl.workers.engine.base import EngineRegistry  # noqa: E402  # these ask for the platform
+from verl.experimental.agent_loop.agent_loop import register  # noqa: E402  # these ask for the platform
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop  # noqa: E402
+from verl.workers.engine.base import EngineRegistry  # noqa: E402
 from verl.workers.engine.fsdp import transformer_impl  # noqa: E402
 from verl.workers.rollout import base  # noqa: E402
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput  # noqa: E402
 
-import examples.verl_sapo  # noqa: E402, F401
-import sapo  # noqa: E402
-import toy_env  # noqa: E402
+from examples import verl_sapo, verl_srpo  # noqa: E402, F401
 
 OUT = os.environ["VERL_CPU_OUT"]
 init_process_group = torch.distributed.init_process_group  # utils/distributed.py:63, :89: a device twice
@@ -68,25 +67,14 @@ LlavaProcessor.__name__ = "MllamaProcessor"  # utils/tokenizer/tokenizer.py:208;
 EngineRegistry.register("language_model", "fsdp2", device="cpu")(transformer_impl.FSDPEngineWithLMHead)
 
 
-class Values(sapo.SegmentCritic):
-    """A critic as verl loads one: its logits are values, (B, L, 1)."""
-
-    def __init__(self, path):
-        whole = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-        super().__init__(whole.model, whole.config.get_text_config().hidden_size)
-        self.config = whole.config
-        torch.nn.init.normal_(self.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, **inputs):
-        return TokenClassifierOutput(logits=self.head(self.backbone(**inputs).last_hidden_state))
-
-
 @EngineRegistry.register("value_model", "fsdp2", device="cpu")
 class Critic(transformer_impl.FSDPEngineWithValueHead):
     steps = 0
 
     def _build_module(self):                                                # utils/model.py:641: flash-attn
-        module = Values(self.model_config.local_path)
+        from test_verl import Values, train_small                           # pytest too, so only here
+        config = train_small.complete(train_small.Config(device="cpu"))
+        module = Values(train_small.load(config)[2])
         torch.save(module.state_dict(), f"{OUT}/critic.0.pt")
         return module
 
@@ -98,6 +86,15 @@ class Critic(transformer_impl.FSDPEngineWithValueHead):
 
 
 # -------------------------------------------------------------------------------------------------- rollout
+@register("keyed")
+class Keyed(SingleTurnAgentLoop):
+    """Tells the server the key that verl gives to the response."""
+
+    async def run(self, sampling_params, **kwargs):
+        key = "{uid}_{session_id}_0".format(**kwargs)
+        return await super().run(sampling_params | {"key": key}, **kwargs)
+
+
 class Server:
     """Samples in a process of its own. The arguments are those that verl gives to vLLM's."""
 
@@ -110,14 +107,15 @@ class Server:
         self.steps = steps
         torch.save((weights, node), f"{OUT}/actor.{steps}.{self.rank}.pt")
 
-    async def generate(self, request_id, prompt_ids, sampling_params, image_data, **_):
+    async def generate(self, prompt_ids, sampling_params, image_data, **_):
         ids, pixels = torch.tensor([prompt_ids]), self.images(image_data, return_tensors="pt")["pixel_values"]
-        torch.manual_seed(zlib.crc32(f"{prompt_ids}{self.steps}".encode()))  # whichever server is asked
+        _, session, _ = (key := sampling_params["key"]).split("_")
+        torch.manual_seed(zlib.crc32(f"{prompt_ids}{session}{self.steps}".encode()))  # whoever is asked
         out = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=True, top_k=0,
             max_new_tokens=46, output_logits=True, return_dict_in_generate=True)
         response = out.sequences[0, len(prompt_ids):]
-        torch.save((prompt_ids, response, pixels), f"{OUT}/response.{self.steps}.{request_id}.pt")
+        torch.save((key, prompt_ids, response, image_data[0]), f"{OUT}/response.{self.steps}.{key}.pt")
         log_probs = torch.cat(out.logits).log_softmax(-1).gather(1, response[:, None])[:, 0]
         return TokenOutput(token_ids=response.tolist(), log_probs=log_probs.tolist(), stop_reason="completed",
                            extra_fields={"global_steps": self.steps})
@@ -145,33 +143,8 @@ class Adapter(base.BaseRollout):
         weights = {name: x.clone() for name, x in weights}
         await ray.get_actor(server).set_weights.remote(weights, node, global_steps)
 
-    async def resume(self, tags=None):
-        """Nothing was released."""
-
-    release = resume
+    resume = release = Server.sleep                                         # nothing was released
 
 
 RolloutReplicaRegistry.register("generate", answer(Replica))
 base._ROLLOUT_REGISTRY["generate", "async"] = "verl_cpu.Adapter"            # base.py:107: no function for it
-
-
-# ------------------------------------------------------------------------------------------ data and reward
-class Problems(torch.utils.data.Dataset):
-    """Eight a step. Two of the second step get no response, so that verl pads the mini-batch."""
-
-    __init__, __len__ = answer(), answer(16)
-
-    def __getitem__(self, i):
-        problem = toy_env.make_problem(i)
-        content = [{"type": "image", "image": problem.image}, {"type": "text", "text": problem.question}]
-        return {"raw_prompt": [{"role": "user", "content": content}], "index": i, "data_source": "toy",
-                "reward_model": {"ground_truth": None}, "__rollout_n__": int(i not in (10, 13))}
-
-    @classmethod
-    async def process_vision_info(cls, messages, **_):
-        return [messages[0]["content"][0]["image"]], None
-
-
-def reward(solution_str, **_):
-    """Whatever differs among responses."""
-    return float(len(solution_str) % 3)
