@@ -19,8 +19,7 @@ value loss. As in verl, a row that pads a mini-batch counts in its mean, with a 
 [fsdp] pins TRL 0.27, whose value head makes a VLM a critic, and flash-attn, which that needs. TRL 1.16 has no
 such head; beside it verl builds no model. A running cluster learns neither variable from verl: export before
 `ray start`, or set ray_kwargs.ray_init.runtime_env. verl shows the model no image if it does not know its
-processor by name, so the trainer refuses all but PROCESSORS: Qwen's stay of the README's families, and Mllama,
-on which verl's own agent loop failed.
+processor by name; the trainer refuses all but PROCESSORS: Qwen's, and Mllama, where verl's own loop fails.
 FSDP2 needs ….wrap_policy.transformer_layer_cls_to_wrap=[…] for a SigLIP or CLIP tower, embeddings untied.
 
 Ran in float32 on CPUs (tests/test_verl_nodes.py): main_ppo on two Ray nodes of a rank each, FSDP2 over gloo,
