@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor asked for
 
+import sys  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -28,12 +30,13 @@ KEEP_ALIVE = torchvision_beside_another_torch()  # before transformers looks for
 import transformers  # noqa: E402
 
 import toy_env  # noqa: E402
-from tiny_vlm import make  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory):
     """The folder of an untrained miniature whose saved settings are all wrong for training."""
+    from tiny_vlm import make  # with train_small and all it imports, which a rank needs not
+
     folder = tmp_path_factory.mktemp("mini")
     torch.manual_seed(0)
     processor = make.make_processor()
@@ -51,11 +54,38 @@ def mini(tmp_path_factory):
 
 @pytest.fixture
 def coin(monkeypatch):
-    """A reward that an untrained miniature gets now and then."""
-    monkeypatch.setattr(toy_env, "reward", lambda problem, text: float(len(text) % 2))
+    """A reward that an untrained model gets now and then, in the toy world and beyond."""
+    for reward in ("toy_env.reward", "examples.real_vlm.reward"):
+        monkeypatch.setattr(reward, lambda problem, text: float(len(text) % 2))
 
 
 @pytest.fixture
 def few_tries(monkeypatch):
     """A problem that cannot be drawn is given up after 5,000 tries: those that can need a few hundred."""
     monkeypatch.setattr(toy_env, "range", lambda *n: range(*(min(x, 5000) for x in n)), raising=False)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Data sets that are loaded leave their copies in the test's own folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def flags(**options):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs train_small.py, or what `how` says, in this process. -> its exit status."""
+    import train_small
+
+    def run(*arguments, how=(), **options):
+        monkeypatch.setattr(sys, "argv", ["train_small.py", *arguments, *flags(**options)])
+        try:
+            train_small.main(*how)
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageDraw
-from test_models import FAMILIES, make_model
+from test_models import make_family
 
 import toy_env
 import train_small
@@ -23,12 +23,14 @@ from support import curves
 from support.inputs import encode
 
 ROW = dict(image=toy_env.make_problem(0).image, question="red?", answer="1")
+KINDS = dict(image=datasets.Image(), question=datasets.Value("string"), answer=datasets.Value("string"))
 
 
 @pytest.fixture
 def task(monkeypatch):
     """Makes the task of a data set in memory: its splits, each a list of rows."""
-    def make(how=lambda config: dataset_task(config, "", None), features=None, model="", seed=0, **splits):
+    def make(how=lambda config: dataset_task(config, "", None), model="", seed=0, answer=None, **splits):
+        features = datasets.Features(KINDS | dict(answer=answer)) if answer else None
         tables = {name: datasets.Dataset.from_list(rows, features=features) for name, rows in splits.items()}
         monkeypatch.setattr(datasets, "load_dataset", lambda _: datasets.DatasetDict(tables))
         return how(real_vlm.RealConfig(responses=4, eval_problems=4, dataset="here", model=model, seed=seed))
@@ -43,9 +45,8 @@ REFUSED = {2: dict(image=ROW["image"].resize((2000, 4))), 3: dict(image=ROW["ima
 
 
 def test_a_row_that_only_the_processor_refuses_is_named_once_and_skipped(task, tmp_path, capsys):
-    pytest.importorskip("torchvision")  # by the processor
     rows = [ROW | dict(question=f"{i}?") | REFUSED.get(i, {}) for i in range(20)]
-    make_model(FAMILIES["qwen2_5_vl"], tmp_path)
+    make_family("qwen2_5_vl", tmp_path)
     one, other = (task(real_vlm.make_task, model=str(tmp_path), train=rows, test=[ROW, ROW | REFUSED[2]])
                   for _ in "ab")
     fine = sorted(rows[i]["question"] for i in range(20) if i not in REFUSED)
@@ -59,13 +60,11 @@ def test_a_row_that_only_the_processor_refuses_is_named_once_and_skipped(task, t
 
 
 def test_broken_rows_are_named_once_skipped_and_counted(task, monkeypatch, capsys):
-    features = datasets.Features(image=datasets.Image(), question=datasets.Value("string"),
-                                 answer=datasets.Value("string"))
-    png = features["image"].encode_example(ROW["image"])["bytes"]
+    png = KINDS["image"].encode_example(ROW["image"])["bytes"]
     broken = {3: dict(image=dict(bytes=png[:60])), 5: dict(image=dict(bytes=b"no image")),
               8: dict(image=Image.new("I;16", (4, 4))), 13: dict(question=None)}
     rows = [ROW | dict(question=f"{i}?") | broken.get(i, {}) for i in range(18)]
-    made = task(features=features, train=rows, test=[ROW])
+    made = task(answer=KINDS["answer"], train=rows, test=[ROW])
     drawn = [next(made.stream).question for _ in range(28)]  # two passes
     assert sorted(drawn[:14]) == sorted(drawn[14:]) == sorted({*drawn})
     named = re.findall(r"row (\d+) of the data set is skipped: \S+", capsys.readouterr().err)
@@ -76,9 +75,8 @@ def test_broken_rows_are_named_once_skipped_and_counted(task, monkeypatch, capsy
 
 
 def test_pictures_stand_at_their_marks_or_the_row_is_refused(tmp_path):
-    for name in ("llava", "paligemma"):
-        make_model(FAMILIES[name], tmp_path / name)
-    llava, paligemma = map(transformers.AutoProcessor.from_pretrained, sorted(tmp_path.iterdir()))
+    folders = (make_family(name, tmp_path / name) for name in ("llava", "paligemma"))
+    llava, paligemma = map(transformers.AutoProcessor.from_pretrained, folders)
     dark, light = Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32), "white")
 
     def inputs(processor, question, *images):
@@ -120,26 +118,20 @@ def test_what_is_transparent_is_white(mode, key):
     assert half.getpixel((0, 0)) == (204, 204, 255)
 
 
-@pytest.mark.parametrize("answer, expected", [
-    ("7\n", "7"), (7.0, "7"), (7, "7"), (0.1, "0.1"), (" a b ", "a b")])
-def test_answers_are_texts(answer, expected):
-    assert from_row(ROW | dict(answer=answer)).answer == expected
-
-
 @pytest.mark.parametrize("wrong", [dict(answer=x) for x in (
     "", " ", "\n\t", "\xa0", math.nan, -math.inf, None, ["7"], {"a": 1}, True, b"7")] + [
     dict(image=x) for x in (None, [], [None], "a.png", Image.new("I;16", (4, 4)))])
-def test_no_answer_and_no_picture_are_named(wrong):
+def test_answers_are_texts_and_no_answer_and_no_picture_are_named(wrong):
+    for answer, text in (("7\n", "7"), (7.0, "7"), (7, "7"), (0.1, "0.1"), (" a b ", "a b")):
+        assert from_row(ROW | dict(answer=answer)).answer == text
     named = "question, answer is 'red[?]', .*: expected" if "answer" in wrong else "image.mode is .* 8 bits"
     with pytest.raises(ValueError, match=named):
         from_row(ROW | wrong)
 
 
 def test_a_class_is_its_name(task, capsys):
-    features = datasets.Features(image=datasets.Image(), question=datasets.Value("string"),
-                                 answer=datasets.ClassLabel(names=["cat", "dog"]))
     rows = [ROW | dict(answer=i % 3 - 1) for i in range(9)]  # -1: without a label
-    made = task(features=features, train=rows, test=rows[2:3])
+    made = task(answer=datasets.ClassLabel(names=["cat", "dog"]), train=rows, test=rows[2:3])
     assert {next(made.stream).answer for _ in range(12)} == {"cat", "dog"}
     assert made.held_out[0].answer == "dog" and capsys.readouterr().err.count(" is skipped: ") == 3
 
@@ -154,6 +146,7 @@ def test_another_split_is_held_out_the_same_for_every_seed(task, capsys, others,
     drawn, other = ([next(x.stream).question for _ in range(30)] for x in made)
     assert held_out == same and len({*held_out}) == 4 and {x.split()[0] for x in held_out} == {kept}
     assert drawn != other and not {*drawn} & {*held_out} and {x.split()[0] for x in drawn} == {"train"}
+    assert len({*drawn, *held_out}) == 30 + 4 * (kept != "train")  # each row is for one of the two
     assert capsys.readouterr().out.startswith(f"held out, to evaluate on: 4 rows of split {kept}\n")
 
 

@@ -65,19 +65,18 @@ def alone():
     return processor.tokenizer, score
 
 
-def responses(seen):
+def responses(rows, batch):
     """Row, tokens and place of each response of the first batch, which the shipped model sampled."""
-    rows, batch = seen[0]
     for i, (row, ids, mask) in enumerate(zip(rows, batch["completion_ids"], batch["completion_mask"])):
         yield row, ids[mask.bool()], (i, slice(int(mask.sum())))
 
 
 # ------------------------------------------------------------------------------------------------------- SRPO
 def test_srpo_weighs_tokens_as_a_plain_loop_does(srpo_run, alone):
-    (_, seen, logs), (tokenizer, score) = srpo_run, alone
-    advantages, wrong = seen[0][1]["advantages"], 0
-    assert advantages.shape == seen[0][1]["completion_ids"].shape
-    for i, (row, ids, place) in enumerate(responses(seen)):
+    (_, [(rows, batch), *_], logs), (tokenizer, score) = srpo_run, alone
+    advantages = batch["advantages"]
+    assert advantages.shape == batch["completion_ids"].shape
+    for i, (row, ids, place) in enumerate(responses(rows, batch)):
         words = [tokenizer.decode([token]).strip() for token in ids.tolist()]
         own = lambda image, ids_seen: score(image, row["question"], ids_seen).gather(1, ids[:, None])[:, 0]
         weights = [1.0] * len(ids)
@@ -98,10 +97,8 @@ def test_srpo_weighs_tokens_as_a_plain_loop_does(srpo_run, alone):
 
 
 def test_srpo_groups_are_trls_but_for_the_tiny_number(srpo_run):
-    _, seen, _ = srpo_run
-    rows, batch = seen[0]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(trl_srpo.MODEL)
-    texts = tokenizer.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    trainer, [(rows, batch), *_], _ = srpo_run
+    texts = trainer._tokenizer.batch_decode(batch["completion_ids"], skip_special_tokens=True)
     right = torch.tensor([float(toy_env.stated_answer(x) == row["answer"]) for x, row in zip(texts, rows)])
     groups = right.reshape(-1, 4)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
@@ -122,8 +119,7 @@ def test_srpo_with_weights_1_trains_as_trl_does_to_the_bit():
 
 
 def test_srpo_corrupts_what_the_model_sees_anew_in_each_step(srpo_run, monkeypatch):
-    trainer, seen, _ = srpo_run
-    rows, batch = seen[0]
+    trainer, [(rows, batch), *_], _ = srpo_run
     at_three = trainer.corrupted_pixels(rows)
     assert not torch.equal(at_three[0], at_three[1])                        # same problem, other patches
     monkeypatch.setattr(trainer.state, "global_step", 0)
@@ -134,31 +130,25 @@ def test_srpo_corrupts_what_the_model_sees_anew_in_each_step(srpo_run, monkeypat
     assert torch.equal(trainer.corrupted_pixels(lists), batch["pixel_values"])
 
 
-def test_srpo_finds_tags_that_are_special_tokens(srpo_run, monkeypatch):
+def test_srpo_weighs_the_same_where_tags_are_special_tokens_or_trl_scores_no_responses(srpo_run, monkeypatch):
     """Some tokenizers have <think> as one. End of sequence and padding are left out nevertheless."""
-    trainer, seen, _ = srpo_run
+    trainer, [(rows, batch), *_], _ = srpo_run
+    aligned = {name: x for name, x in batch.items() if name != "old_per_token_logps"}
+    scored = {"old_per_token_logps": trainer.log_probs(batch, batch["completion_ids"]).detach()}
+    assert torch.equal(trainer.role_weights(rows, aligned), trainer.role_weights(rows, aligned | scored))
     tokenizer = copy.deepcopy(trainer._tokenizer)
     tags = [token for token in tokenizer.get_vocab() if token.strip() in toy_env.TAGS]
     tokenizer.add_special_tokens({"additional_special_tokens": tags})
     assert {*tokenizer.convert_tokens_to_ids(tags)} <= {*tokenizer.all_special_ids}
-    expected = trainer.role_weights(*seen[0])
+    expected = trainer.role_weights(rows, batch)
     monkeypatch.setattr(trainer, "_tokenizer", tokenizer)
-    assert torch.equal(trainer.role_weights(*seen[0]), expected) and expected.unique().numel() > 2
-
-
-def test_srpo_scores_its_own_responses_where_trl_does_not(srpo_run):
-    trainer, seen, _ = srpo_run
-    rows, batch = seen[0]
-    aligned = {name: x for name, x in batch.items() if name != "old_per_token_logps"}
-    scored = {"old_per_token_logps": trainer.log_probs(batch, batch["completion_ids"]).detach()}
-    assert torch.equal(trainer.role_weights(rows, aligned), trainer.role_weights(rows, aligned | scored))
+    assert torch.equal(trainer.role_weights(rows, batch), expected) and expected.unique().numel() > 2
 
 
 # --------------------------------------------------------------------------------------------------- segments
 def test_segments_end_where_the_sampling_policy_is_uncertain(segments_run, alone):
-    (_, seen, logs), (_, score) = segments_run, alone
-    batch = seen[0][1]
-    for row, ids, place in responses(seen):
+    (_, [(rows, batch), *_], logs), (_, score) = segments_run, alone
+    for row, ids, place in responses(rows, batch):
         log_probs = score(row["image"], row["question"], ids)
         own, entropy = log_probs.gather(1, ids[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(1)
         torch.testing.assert_close(batch["old_per_token_logps"][place], own, atol=1e-4, rtol=0)

@@ -11,10 +11,12 @@ import re
 import shutil
 import string
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import test_train_small
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -22,9 +24,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import toy_env
 import train_small
 from examples import real_vlm
-from support.data import INSTRUCTION
 from support import inputs
 from support import models as roles
+from support.data import INSTRUCTION
 from support.inputs import encode
 
 # --------------------------------------------------------------------------------------------------- families
@@ -181,13 +183,7 @@ def make_model(family, folder, vocab_size=None):
 # ------------------------------------------------------------------------------------------------------- runs
 SHORT = "Read, then compute."  # so that passes are
 SIZES = (48, 48), (60, 100), (130, 40), (33, 37), (64, 64), (20, 90)
-
-
-def small(folder, **changes):
-    options = dict(iterations=2, responses=16, mini_batches=2, critic_warmup=0, operands=2,
-                   max_tokens=10,
-                   eval_problems=4, eval_every=2, lr=1e-3, device="cpu")
-    return train_small.complete(train_small.Config(model=str(folder), **options | changes))
+small = partial(test_train_small.small, max_tokens=10, eval_every=2, lr=1e-3)
 
 
 def many_sizes(n, several=False):
@@ -198,15 +194,19 @@ def many_sizes(n, several=False):
     return [two(p, drawn[i - 1]) if several and i % 3 == 1 else p for i, p in enumerate(drawn)]
 
 
+def make_family(name, folder):
+    """Save its model, or skip the test where a part of the library is missing."""
+    try:
+        make_model(FAMILIES[name], folder)
+    except ImportError as error:
+        pytest.skip(f"{name}: {' '.join(str(error).split())[:150]}")
+    return folder
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     """The folder of a family's model."""
-    folder = tmp_path_factory.mktemp(request.param)
-    try:
-        make_model(FAMILIES[request.param], folder)
-    except ImportError as error:
-        pytest.skip(f"{request.param}: {' '.join(str(error).split())[:150]}")
-    return folder
+    return make_family(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -294,21 +294,15 @@ def test_features_give_the_log_probs_and_gradients_of_pixels(sampled):
 
 
 def test_parts_of_tokens_and_pieces_of_logits_give_the_gradient_of_the_whole_batch(sampled, monkeypatch):
-    s, steps = sampled, []  # the family's own kinds of padding, positions and packing
-    for size, logits in ((0, 2**30), (400, 20_000)):
+    s, steps, outcome = SimpleNamespace(**vars(sampled)), [], torch.tensor([1.0, 0, 0, 1] * 4)
+    torch.nn.init.ones_(s.critic.head.weight)  # at 0 it stops the gradient
+    for size, logits in ((0, 2**30), (400, 20_000)):  # the family's own padding, positions and packing
         monkeypatch.setattr(train_small, "LOGITS", logits)  # in fp32 at a time
-        config = replace(s.config, micro_tokens=size)
-        policy, critic = copy.deepcopy(s.policy), copy.deepcopy(s.critic)
-        torch.nn.init.ones_(critic.head.weight)  # at 0 it stops the gradient
-        old = copy.deepcopy([*policy.parameters(), *critic.parameters()])
-        scored = train_small.score_all(config, policy, s.reference, critic, s.roll)
-        outcome = torch.tensor([1.0, 0, 0, 1] * 4)
-        credit = train_small.assign_credit(config, policy, s.processor, s.roll, scored, outcome)
-        optimizers = [(m, torch.optim.SGD(m.parameters(), lr=1.0)) for m in (policy, critic)]
-        plan = train_small.draw_plan(config, s.roll)
-        train_small.update(config, policy, critic, optimizers, s.roll, scored, credit, plan)
-        new = [*policy.parameters(), *critic.parameters()]
-        steps.append(torch.cat([(p - q).detach().flatten() for p, q in zip(new, old)]))
+        s.config = replace(s.config, micro_tokens=size)
+        s.scored = train_small.score_all(s.config, s.policy, s.reference, s.critic, s.roll)
+        credit = train_small.assign_credit(s.config, s.policy, s.processor, s.roll, s.scored, outcome)
+        _, *changes = test_train_small.updated(s, credit=credit)
+        steps.append(torch.cat([x.flatten() for change in changes for x in change.values()]))
     assert steps[0].norm() > 0.5 and (steps[0] - steps[1]).norm() < 1e-3 * steps[0].norm()
 
 
@@ -326,7 +320,7 @@ def test_tags_that_are_special_tokens_are_text(name):
 
 
 def test_templates_that_refuse_a_system_turn_or_open_a_tag(tmp_path, capsys):
-    make_model(FAMILIES["llava"], tmp_path)
+    make_family("llava", tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     says = "{% for m in messages %}{% for c in m.content %}{{ c.text or '<image>' }}{% endfor %}{% endfor %}"
     for wrong in ("raise_exception('no system')", "'[INST]' + messages[0].content"):  # Gemma 2's, Pixtral's
@@ -388,7 +382,7 @@ def test_parts_hold_each_row_once_within_the_budget_and_halve_in_a_full_memory(s
 
 
 def test_in_bfloat16_too_the_ratio_is_1_before_the_first_step(coin, tmp_path, monkeypatch):
-    make_model(FAMILIES["idefics3"], tmp_path)
+    make_family("idefics3", tmp_path)
     more = dict(dtype="bfloat16", micro_tokens=400, out=f"{tmp_path}/run")
     config = small(tmp_path, algo="grpo", kl_coef=0.0, **more)
     stream = itertools.cycle(many_sizes(9, True))

@@ -184,7 +184,7 @@ def test_differences_are_paired_by_seed(monkeypatch):
     assert said == "`python -m results.study s`, 3 seeds; in brackets the range."
     assert head == "| | a | collapsed | a: x − it |" and lines == [
         "| x (2 seeds) | 0.600 | 0 of 2 | – |", "| y | 0.467 | 0 of 3 | +0.350 (+0.300 to +0.400) |",
-        "| z (1 seeds) | 0.020 | 1 of 1 | +0.480 (+0.480 to +0.480) |"]
+        "| z (1 seed) | 0.020 | 1 of 1 | +0.480 (+0.480 to +0.480) |"]
     *_, head, _, line = table(("y", "z"), ("x", "z"), rows=("y",))
     assert head.endswith("| a: it − z |") and line.endswith("| +0.080 (+0.080 to +0.080) |")
     *_, head, _, line = table(("x", "y"), only_pairs=True)

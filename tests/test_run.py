@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -12,17 +13,19 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
-import datasets
 import pytest
+import test_train_small
 import torch
 import transformers
+from conftest import flags
 from safetensors.torch import load_file, save_file
+from test_train_small import logged
 
 import sapo
 import srpo
@@ -34,60 +37,32 @@ from support import curves, options, run_folder
 from tiny_vlm.teacher import demonstration
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(iterations=4, responses=8, mini_batches=2, critic_warmup=1, operands=2,
-             max_tokens=8, lr=1e-3, critic_lr=1e-3, head_lr=1e-2, eval_problems=4, eval_every=2,
-             patience=0, device="cpu")
+SMALL = test_train_small.SMALL | dict(
+    iterations=4, responses=8, critic_warmup=1, max_tokens=8, eval_every=2, patience=0, lr=1e-3,
+    critic_lr=1e-3, head_lr=1e-2)
+REAL = "-m examples.real_vlm", real_vlm.RealConfig, real_vlm.begin
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def quick(cache, monkeypatch):
     monkeypatch.setattr(curves, "plot", lambda out: (out / "curves.png").touch())  # it takes a second
 
 
 def small(model, out, **changes):
-    kind = real_vlm.RealConfig if "dataset" in changes else train_small.Config
-    return kind(model=str(model), out=str(out), **SMALL | changes)
-
-
-def flags(**options):
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-
-
-REAL = "-m examples.real_vlm", real_vlm.RealConfig, real_vlm.begin
-
-
-def command(monkeypatch, *arguments, how=()):
-    """Run the command in this process. -> its exit status. how: REAL, or train_small.py's own."""
-    monkeypatch.setattr(sys, "argv", ["train_small.py", *arguments])
-    try:
-        train_small.main(*how)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return test_train_small.small(model, out=str(out), **SMALL | changes)
 
 
 def same_weights(one, other):
-    policies = [load_file(x / "model" / "model.safetensors") for x in (one, other)]
-    critics = [torch.load(x / "critic.pt", weights_only=True) for x in (one, other)]
-    return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-               for a, b in (policies, critics))
+    files = "model/model.safetensors", "critic.pt"
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
 
 
 # ------------------------------------------------------------------------------------ checkpoints and folders
-class Code:
+class Code(SimpleNamespace):
     """Whoever unpickles it writes a file."""
 
-    def __init__(self, folder):
-        self.folder = folder
-
     def __reduce__(self):
-        return Path.touch, (self.folder / "was run",)
+        return Path.touch, (self.file,)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +81,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path
     elif kind == "empty":
         last.write_bytes(b"")
     else:
-        torch.save(dict(foreign=[1, 2], older=dict(form=0), code=Code(tmp_path))[kind], last)
+        torch.save(dict(foreign=[1, 2], older=dict(form=0), code=Code(file=tmp_path / "was run"))[kind], last)
     assert run_folder.read_checkpoint(out)["iteration"] == 2
     said = capsys.readouterr().err
     assert str(last) in said and said.count("\n") == 1 and not (tmp_path / "was run").exists()
@@ -115,16 +90,16 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path
         run_folder.read_checkpoint(out)
 
 
-def test_two_checkpoints_are_kept_and_other_names_are_somebodys_own(finished, tmp_path, monkeypatch, capsys):
+def test_two_checkpoints_are_kept_and_other_names_are_somebodys_own(finished, tmp_path, command, capsys):
     out = shutil.copytree(finished, tmp_path / "run")
     assert sorted(x.name for x in out.glob("checkpoint*")) == ["checkpoint-00002.pt", "checkpoint-00004.pt"]
     own = {f"checkpoint-{name}" for name in ("best.pt", "2.pt", "00004.pt.old", "00004-best.pt", "00009.pt")}
     for name in own:
         shutil.copy(out / "checkpoint-00002.pt", out / name)
-    assert command(monkeypatch, f"--resume={out}", "--iterations=7") == 0
+    assert command(resume=out, iterations=7) == 0
     assert re.search("checkpoint-00009.pt cannot be read .*expected 2, of 9", capsys.readouterr().err)
     kept = own | {"checkpoint-00006.pt", "checkpoint-00007.pt"}
-    assert {x.name for x in out.glob("checkpoint*")} == kept and len(metrics(out)) == 8
+    assert {x.name for x in out.glob("checkpoint*")} == kept and len(logged(out)) == 8
     for i in (99999, 100000):
         (out / f"checkpoint-{i}.pt").touch()
     assert [i for i, _ in run_folder.checkpoints(out)] == [6, 7, 9, 99999, 100000]
@@ -162,17 +137,17 @@ DAMAGE = {  # to a finished run: the file, what becomes of it, and what is said
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_run_is_one_line_before_any_work(finished, tmp_path, monkeypatch, capsys, what):
+def test_a_damaged_run_is_one_line_before_any_work(finished, tmp_path, command, capsys, what):
     out, (file, change, words) = shutil.copytree(finished, tmp_path / "a run"), DAMAGE[what]
     change(out / file)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    assert command(monkeypatch, f"--resume={out}") == 2
+    assert command(resume=out) == 2
     said = capsys.readouterr().err
     assert re.search(words, said) and said.count("\n") == 1
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
-def test_a_checkout_may_move(mini, tmp_path, monkeypatch):
+def test_a_checkout_may_move(mini, tmp_path, monkeypatch, command):
     here, there, names = tmp_path / "here", tmp_path / "there", ("tiny_vlm", "tiny_vlm/wordy")
     monkeypatch.setattr(run_folder, "ROOT", here)
     for i, name in enumerate(names):
@@ -183,16 +158,16 @@ def test_a_checkout_may_move(mini, tmp_path, monkeypatch):
     for i, name in enumerate(names):
         out = tmp_path / f"{i}"
         assert f'"model": "{name}"' in (out / "run.json").read_text()
-        assert command(monkeypatch, f"--resume={out}") == 0
+        assert command(resume=out) == 0
         for model, now in ((here / name, there / name), (f"me/{name}", f"me/{name}"), (mini, mini)):
             swap('"model": "[^"]*"', f'"model": "{model}"')(out / "run.json")  # the first: as of older runs
             assert run_folder.settings(out)["config"]["model"] == str(now)
 
 
-def test_nothing_is_written_where_something_is(finished, mini, tmp_path, monkeypatch, capsys):
+def test_nothing_is_written_where_something_is(finished, mini, tmp_path, command, capsys):
     for folder in (shutil.copytree(finished, tmp_path / "run"), shutil.copytree(mini, tmp_path / "model")):
         before = {path: path.read_bytes() for path in folder.rglob("*")}
-        assert command(monkeypatch, *flags(model=folder, out=folder)) == 2
+        assert command(model=folder, out=folder) == 2
         said = capsys.readouterr().err
         assert "out is" in said and f"--resume {folder}" in said and said.count("\n") == 1
         assert before == {path: path.read_bytes() for path in folder.rglob("*")}
@@ -207,30 +182,30 @@ def test_of_two_runs_that_begin_in_a_folder_one_does(mini, tmp_path):
         train_small.prepare(small(mini, tmp_path / "run"), load_models=meanwhile)
 
 
-def test_settings_of_a_run_that_goes_on(mini, tmp_path, monkeypatch, capsys):
+def test_settings_of_a_run_that_goes_on(mini, tmp_path, command, capsys):
     out = tmp_path / "run"
-    train_small.learn(train_small.prepare(small(mini, out)), stop=lambda: len(metrics(out)) > 3)
+    train_small.learn(train_small.prepare(small(mini, out)), stop=lambda: len(logged(out)) > 3)
     for name, value, said in (("lr", 0.01, "0.001"), ("seed", 1, "0"), ("responses", 16, "8"),
                               ("iterations", 3, "4 or more"), ("out", "other", "none, as --resume goes on")):
-        assert command(monkeypatch, f"--resume={out}", f"--{name}={value}") == 2
+        assert command(resume=out, **{name: value}) == 2
         assert f"{name} is {value!r}: expected {said}" in capsys.readouterr().err
     with open(out / "metrics.jsonl", "a") as file:  # behind the checkpoint, and longer than what comes there
         file.write(json.dumps(dict(iteration=4, text="a" * 5000)) + "\n")
     odd = (out / "metrics.jsonl").read_bytes().replace(b'"entropy"', b'"\xc3\xa9": 1, "entropy"')
     (out / "metrics.jsonl").write_bytes(odd.replace(b"\n", b"\r\n"))  # as an editor on Windows may leave it
-    assert command(monkeypatch, f"--resume={out}", "--iterations=5", f"--out={out}") == 0
-    assert [(row["iteration"], "\xe9" in row) for row in metrics(out)] == [(i, 0 < i < 4) for i in range(6)]
-    assert command(monkeypatch, f"--resume={tmp_path}") == 2 and "resume is" in capsys.readouterr().err
+    assert command(resume=out, iterations=5, out=out) == 0
+    assert [(row["iteration"], "\xe9" in row) for row in logged(out)] == [(i, 0 < i < 4) for i in range(6)]
+    assert command(resume=tmp_path) == 2 and "resume is" in capsys.readouterr().err
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(mini, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_last_checkpoint(mini, tmp_path, command, capsys):
     out = tmp_path / "run"
     out.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", out]  # for about three checkpoints
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs rights")
     try:
-        code = command(monkeypatch, *flags(model=mini, out=out, **SMALL))
+        code = command(model=mini, out=out, **SMALL)
         said = capsys.readouterr().err.splitlines()[-1]
         assert code == 1 and f"--resume {out}" in said, (code, said)
         assert "could not be written" in said or "No space left" in said, said
@@ -284,21 +259,19 @@ def test_no_step_is_taken_with_what_is_not_finite(mini, tmp_path, monkeypatch, c
             assert kept["ids"].shape == kept["log_probs"].shape
 
 
-def test_three_times_in_a_row_end_the_run(mini, tmp_path, monkeypatch, capsys):
+def test_three_times_in_a_row_end_the_run(mini, tmp_path, monkeypatch, command, capsys):
     out, bad, good = tmp_path / "a run", dict(iteration=1, not_finite="loss"), dict(iteration=2)
     monkeypatch.setattr(*NAN["value_loss"])
-    assert command(monkeypatch, *flags(model=mini, out=out, **SMALL)) == 1
+    assert command(model=mini, out=out, **SMALL) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "value_loss was not finite three times in a row" in said and "--critic-lr" in said
-    assert len(metrics(out)) == 4 and f"{out}/not-finite-*.pt" in said and f"--resume '{out}'" in said
+    assert len(logged(out)) == 4 and f"{out}/not-finite-*.pt" in said and f"--resume '{out}'" in said
     run_folder.warn([bad, bad, good, bad, bad], small(mini, out), set())
 
 
 @pytest.mark.parametrize("phase", ["rollout", "score_all", "assign_credit", "update", "evaluate"])
-def test_out_of_memory_names_the_phase_and_the_flag(mini, tmp_path, monkeypatch, capsys, phase):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
+def test_out_of_memory_names_the_phase_and_the_flag(mini, tmp_path, monkeypatch, command, capsys, phase):
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
     inner = dict(rollout="see", score_all="value", assign_credit="segment_ends", update="policy_objective",
                  evaluate="rollout")
     function = getattr(train_small, inner[phase])
@@ -306,7 +279,7 @@ def test_out_of_memory_names_the_phase_and_the_flag(mini, tmp_path, monkeypatch,
     monkeypatch.setattr(run_folder, "save_checkpoint", lambda *_, **__: ready.append(1))
     monkeypatch.setattr(train_small, inner[phase], lambda *args, **kwargs: (
         full() if ready or phase == "evaluate" else function(*args, **kwargs)))
-    assert command(monkeypatch, *flags(model=mini, out=tmp_path / "run", **SMALL)) == 1
+    assert command(model=mini, out=tmp_path / "run", **SMALL) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"out of memory in {phase}: halve --micro-tokens" in said and "--resume" in said
 
@@ -321,20 +294,21 @@ BAD = [
         "clip-high": "-1", "top-percent": "0 0.3 200 nan", "max-tokens": "0 1 1000000000", "operands": "1 9",
         "distractors": "-1 9", "prior": "2 nan", "operators": "/", "algo": "nonsense", "segments": "word",
         "device": "cuda:99 nonsense", "corruption": "fog", "openings": "all", "contrast": "masked",
-        "out": "README.md", "resume": "nowhere", "seed": "-1",
+        "out": "README.md", "resume": "nowhere", "seed": "-1", "lora": "-1",
         "model": "./nowhere README.md", "dataset": "./nowhere", "nonsense": "1",
     }.items() for value in values.split()),
     ["--algo=gspo", "--kl-coef=5"], ["--algo=grpo", "--lam=7"], ["--algo=grpo", "--responses=40"],
-    ["--iterations=5", "--critic-warmup=5"],
+    ["--iterations=5", "--critic-warmup=5"], ["--lora=2", "--train-vision=True"],
     ["--operands=6", "--operators=×", "--prior=0.03"], ["--openings=few", f"--model={options.TINY_VLM}"],
 ]
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=" ".join)
-def test_a_bad_setting_is_one_line_before_any_work(arguments, tmp_path, monkeypatch, capsys, few_tries):
+@pytest.mark.usefixtures("few_tries")
+def test_a_bad_setting_is_one_line_before_any_work(arguments, tmp_path, monkeypatch, command, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("no folder")
-    assert command(monkeypatch, *arguments, how=REAL * ("--dataset=./nowhere" in arguments)) == 2
+    assert command(*arguments, how=REAL * ("--dataset=./nowhere" in arguments)) == 2
     said, name = capsys.readouterr(), arguments[-1].split("=")[0][2:]
     named = {"nonsense": "nonsense", "prior": "operators"}.get(name, name) if len(arguments) == 3 else name
     assert said.err.count("\n") == 1 and "Traceback" not in said.err and not said.out
@@ -344,7 +318,7 @@ def test_a_bad_setting_is_one_line_before_any_work(arguments, tmp_path, monkeypa
 
 @pytest.mark.parametrize("what", [
     "truncated", "without weights", "another shape", "a text model", "no processor"])
-def test_a_bad_model_is_one_line(mini, tmp_path, monkeypatch, capfd, what):
+def test_a_bad_model_is_one_line(mini, tmp_path, command, capfd, what):
     folder = shutil.copytree(mini, tmp_path / "model")
     weights = folder / "model.safetensors"
     if what == "truncated":
@@ -362,7 +336,7 @@ def test_a_bad_model_is_one_line(mini, tmp_path, monkeypatch, capfd, what):
         name, value = table.popitem()
         table |= {name: value[:-1]} if what == "another shape" else {}
         save_file(table, weights, metadata=dict(format="pt"))
-    assert command(monkeypatch, *flags(model=folder, out=tmp_path / "run", **SMALL)) == 2
+    assert command(model=folder, out=tmp_path / "run", **SMALL) == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert f"model is '{folder}': expected" in last and not (tmp_path / "run").exists()
 
@@ -374,12 +348,11 @@ def test_a_bad_model_is_one_line(mini, tmp_path, monkeypatch, capfd, what):
     (lambda rows: rows.remove_columns("answer"), "expected a column 'answer'"),
     (lambda rows: rows.map(lambda row, i: dict(answer=row["answer"] if i - 7 else None), with_indices=True),
      "an answer that is None")], ids=["empty", "too small", "no answers", "an answer of None"])
-def test_a_bad_data_set_is_one_line(mini, tmp_path, monkeypatch, capsys, change, said):
+def test_a_bad_data_set_is_one_line(mini, tmp_path, command, capsys, change, said):
     (tmp_path / "data").mkdir()
     change(toy_env.make_dataset(30, operands=2)).to_parquet(tmp_path / "data" / "train.parquet")
     capsys.readouterr()
-    changes = dict(SMALL, model=mini, dataset=tmp_path / "data", out=tmp_path / "run")
-    assert command(monkeypatch, *flags(**changes), how=REAL) == 2
+    assert command(how=REAL, model=mini, dataset=tmp_path / "data", out=tmp_path / "run", **SMALL) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert said in last and "dataset is" in last and not (tmp_path / "run").exists()
 
@@ -468,15 +441,13 @@ def test_what_cannot_learn_says_so(word, change):
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
-def test_a_run_that_can_learn_nothing_stops_and_says_what_to_do(mini, tmp_path, monkeypatch, capsys, reward):
+def test_a_run_that_can_learn_nothing_says_what_to_do(mini, tmp_path, monkeypatch, command, capsys, reward):
     monkeypatch.setattr(train_small.Task, "rewards", lambda self, problems, *_: [reward] * len(problems))
-    options = SMALL | dict(patience=2, iterations=5)
-    assert command(monkeypatch, *flags(model=mini, out=tmp_path, **options)) == 1
+    assert command(**SMALL | dict(model=mini, out=tmp_path, patience=2, iterations=5)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"all rewards of 2 iterations were {reward:g}: warm-start the model (python -m" in said
-    assert len(open(tmp_path / "metrics.jsonl").readlines()) == 3
-    assert not command(monkeypatch, f"--resume={tmp_path}", "--patience=0")
-    assert len(open(tmp_path / "metrics.jsonl").readlines()) == 6
+    assert len(logged(tmp_path)) == 3 and command(resume=tmp_path, patience=0) == 0
+    assert len(logged(tmp_path)) == 6
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -486,7 +457,7 @@ def test_the_committed_runs_have_nothing_to_complain_of(seed):
 
 
 @pytest.mark.parametrize("trouble", ["ascii", "closed", "a notebook"])
-def test_the_model_is_saved_before_anything_is_shown(mini, tmp_path, monkeypatch, trouble):
+def test_the_model_is_saved_before_anything_is_shown(mini, tmp_path, monkeypatch, command, trouble):
     class Closed(BytesIO):
         def write(self, _):
             raise BrokenPipeError(32, "Broken pipe")
@@ -495,8 +466,8 @@ def test_the_model_is_saved_before_anything_is_shown(mini, tmp_path, monkeypatch
     shown = TextIOWrapper(BytesIO() if trouble == "ascii" else Closed(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", StringIO() if "notebook" in trouble else shown)
     with ThreadPoolExecutor() as threads:
-        its = flags(model=mini, out=out, save=True, **SMALL | dict(iterations=1, critic_warmup=0))
-        code = threads.submit(command, monkeypatch, *its).result()
+        its = SMALL | dict(model=mini, out=out, save=True, iterations=1, critic_warmup=0)
+        code = threads.submit(command, **its).result()
     assert code == (trouble == "closed")
     assert (out / "model" / "model.safetensors").exists() and (out / "critic.pt").exists()
     assert (out / "curves.png").exists() == (trouble != "closed")
@@ -545,47 +516,34 @@ def test_random_numbers_of_a_mac_are_kept_too(monkeypatch):
 
 
 # -------------------------------------------------------------------------------------- killed, and continued
-SERVER = """
-import conftest, os, sys, time, toy_env, traceback, train_small
-train_small.curves.plot = print
-toy_env.reward = lambda problem, text: float(len(text) % 2)  # an untrained model gets some
-os.fsync = lambda number: time.sleep(0.05 * os.readlink(f"/proc/self/fd/{number}").endswith("point.tmp"))
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        log, code = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 0
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.argv = ["train_small.py", *line.split()]
-        try:
-            train_small.main()
-        except BaseException as stop:
-            code = stop.code if isinstance(stop, SystemExit) else traceback.print_exc() or 99
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
+def alone(log, arguments):
+    """The command in a process of its own. What it says is in `log`."""
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(number, 1), os.dup2(number, 2)
+    curves.plot = print
+    toy_env.reward = lambda problem, text: float(len(text) % 2)  # an untrained model gets some
+    os.fsync = lambda n: time.sleep(0.05 * os.readlink(f"/proc/self/fd/{n}").endswith("point.tmp"))
+    sys.argv = ["train_small.py", *arguments]
+    train_small.main()
 
 
 @pytest.fixture(scope="module", autouse=True)  # it imports while other tests run
 def server(tmp_path_factory):
-    """The command in processes of its own, which are forked when all is imported. -> start(...), finish()"""
-    folder = tmp_path_factory.mktemp("server")
+    """What forks such processes when all is imported. -> start(...) and the log of the last one"""
+    context, log = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("server") / "log"
     places = os.pathsep.join(map(str, (ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", ""))))
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=places, TQDM_DISABLE="1")
-    process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=folder, env=environment, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", places)
+        patch.setenv("TQDM_DISABLE", "1")
+        context.set_forkserver_preload(["conftest", "test_run"])
+        forkserver.ensure_running()
 
     def start(*arguments):
-        print(*arguments, file=process.stdin, flush=True)
-        return int(process.stdout.readline())
+        process = context.Process(target=alone, args=(log, arguments), daemon=True)
+        process.start()
+        return process
 
-    def finish():
-        status = int(process.stdout.readline())
-        return os.waitstatus_to_exitcode(status), (folder / "log").read_text()
-
-    yield start, finish
-    process.kill()
+    return start, log
 
 
 LONGER = SMALL | dict(iterations=8, eval_every=3, save=True)
@@ -593,61 +551,56 @@ LONGER = SMALL | dict(iterations=8, eval_every=3, save=True)
 
 @pytest.fixture(scope="module")
 def uninterrupted(server, mini, tmp_path_factory):
-    start, finish = server
-    out, began = tmp_path_factory.mktemp("whole") / "run", time.time()
-    start(*flags(model=mini, out=out, **LONGER))
-    assert finish()[0] == 0
-    rows = metrics(out)
+    (start, _), out, began = server, tmp_path_factory.mktemp("whole") / "run", time.time()
+    process = start(*flags(model=mini, out=out, **LONGER))
+    process.join()
+    assert process.exitcode == 0
+    rows = logged(out)
     assert [row["iteration"] for row in rows] == [*range(9)] and rows[-1]["kl_to_start"] != 0
     return out, time.time() - began
 
 
 def test_killed_at_eight_moments_it_ends_as_if_it_never_was(server, uninterrupted, mini, tmp_path):
-    (start, finish), (whole, seconds), rng, out = server, uninterrupted, random.Random(0), tmp_path / "run"
-    begin, kills, torn = flags(model=mini, out=out, **LONGER), 0, 0
-    checkpoints = lambda: {*out.glob("checkpoint-*.pt")}
-    while True:
-        old, pid = checkpoints(), start(*([f"--resume={out}"] if (out / "run.json").exists() else begin))
-        if kills < 8:
-            writes = kills % 2  # each second time, while the second checkpoint from here is being written
+    (start, log), (whole, seconds), rng, out = server, uninterrupted, random.Random(0), tmp_path / "run"
+    begin, torn, checkpoints = flags(model=mini, out=out, **LONGER), 0, lambda: {*out.glob("checkpoint-*.pt")}
+    for i in range(9):  # the ninth time it ends
+        old, process = checkpoints(), start(*([f"--resume={out}"] if (out / "run.json").exists() else begin))
+        if i < 8:
+            writes = i % 2  # each second time, while the second checkpoint from here is being written
             until = time.time() + (2 * seconds if writes else rng.uniform(0.0, seconds / 2))
             while time.time() < until and not (writes and (out / "critic.pt").exists()):
                 if writes and (out / "checkpoint.tmp").exists() and checkpoints() - old:
                     break
                 time.sleep(0.0005)
-            with suppress(ProcessLookupError):  # it has ended
-                os.kill(pid, signal.SIGKILL)
-        code, log = finish()
-        if code != -signal.SIGKILL:
-            assert code == 0, log
-            if kills >= 8:
-                break
-            assert metrics(out) == metrics(whole) and same_weights(out, whole)  # it was faster: once more
-            shutil.rmtree(out)
-        kills += 1
+            process.kill()
+        process.join()
         torn += (out / "checkpoint.tmp").exists()
-    assert metrics(out) == metrics(whole) and same_weights(out, whole)
-    assert torn > 0  # some while a checkpoint was being written
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0, log.read_text()
+            assert logged(out) == logged(whole) and same_weights(out, whole)
+            if i < 8:  # it was faster: once more
+                shutil.rmtree(out)
+    assert process.exitcode == 0 and torn > 0  # some while a checkpoint was being written
 
 
-def test_a_signal_ends_the_iteration_and_saves(server, uninterrupted, mini, tmp_path, monkeypatch):
-    (start, finish), (whole, _), out = server, uninterrupted, tmp_path / "run"
-    arguments, rows = flags(model=mini, out=out, **LONGER), 1
+def test_a_signal_ends_the_iteration_and_saves(server, uninterrupted, mini, tmp_path, command):
+    (start, log), (whole, _), out = server, uninterrupted, tmp_path / "run"
+    arguments, rows, table = flags(model=mini, out=out, **LONGER), 1, out / "metrics.jsonl"
     for number in (signal.SIGINT, signal.SIGTERM):
-        pid, log = start(*arguments), out / "metrics.jsonl"
-        while not log.exists() or log.read_bytes().count(b"\n") <= rows:
+        process = start(*arguments)
+        while not table.exists() or table.read_bytes().count(b"\n") <= rows:
             time.sleep(0.02)
-        assert command(monkeypatch, f"--resume={out}") == 2  # another process works there
-        os.kill(pid, number)
-        code, said = finish()
-        rows, arguments = len(metrics(out)), [f"--resume={out}"]
-        assert code == 130 and "Traceback" not in said and rows < 9
+        assert command(resume=out) == 2  # another process works there
+        os.kill(process.pid, number)
+        process.join()
+        rows, arguments, said = len(logged(out)), [f"--resume={out}"], log.read_text()
+        assert process.exitcode == 130 and "Traceback" not in said and rows < 9
         assert f"stopped after iteration {rows - 1}. Go on from the last checkpoint" in said
         assert f"--resume {out}" in said and (out / f"checkpoint-{rows - 1:05}.pt").exists()
-    start(*arguments)
-    code, said = finish()
-    assert code == 0, said
-    assert metrics(out) == metrics(whole) and same_weights(out, whole)
+    process = start(*arguments)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert logged(out) == logged(whole) and same_weights(out, whole)
     seconds = [json.loads(line)["seconds"] for line in open(out / "metrics.jsonl")]
     assert seconds == sorted(seconds)  # they go on as well
     made = json.loads((out / "run.json").read_text())
@@ -658,29 +611,14 @@ def test_a_signal_ends_the_iteration_and_saves(server, uninterrupted, mini, tmp_
 @pytest.mark.parametrize("where, number", [
     ("make_optimizers", signal.SIGTERM), ("rollout", signal.SIGINT), ("step", signal.SIGTERM)])
 def test_a_signal_before_the_first_iteration_or_a_second_one_is_obeyed_at_once(
-        finished, mini, tmp_path, monkeypatch, capsys, where, number):
+        finished, mini, tmp_path, command, capsys, where, number):
     out, went_on, kill = tmp_path / "run", [], lambda: os.kill(os.getpid(), number)
-    handlers, begin = lambda: [*map(signal.getsignal, (2, 15))], flags(model=mini, out=out, **SMALL)
+    handlers, begin = lambda: [*map(signal.getsignal, (2, 15))], SMALL | dict(model=mini, out=out)
     before = handlers()
     with pytest.MonkeyPatch.context() as patch:
         killed = lambda *_, **__: (where == "step" and kill(), kill(), went_on.append(1))
         patch.setattr(train_small, where, killed)
-        assert command(monkeypatch, *begin) == 130
+        assert command(**begin) == 130
     assert "train_small.py: stopped" in capsys.readouterr().err.splitlines()[-1] and not went_on
-    assert command(monkeypatch, *(begin if where == "make_optimizers" else [f"--resume={out}"])) == 0
-    assert metrics(out) == metrics(finished) and handlers() == before and str(out) not in run_folder.LOCKS
-
-
-def test_a_data_set_goes_on_where_it_was(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(real_vlm, "reward", lambda problem, text: float(len(text) % 2))
-    (tmp_path / "data").mkdir()
-    toy_env.make_dataset(21, operands=2).to_parquet(tmp_path / "data" / "train.parquet")
-    config = small(mini, tmp_path / "whole", dataset=str(tmp_path / "data"), responses=6)
-    texts = train_small.learn(real_vlm.begin(config))[1]
-    run = real_vlm.begin(replace(config, out=str(tmp_path / "run")))
-    train_small.learn(run, stop=lambda: (tmp_path / "run" / "checkpoint-00002.pt").exists())
-    assert len(metrics(tmp_path / "run")) == 3
-    again = replace(config, resume=str(tmp_path / "run"), out=None)
-    for _ in range(2):  # from the middle, then from the end
-        assert train_small.learn(real_vlm.begin(again))[1] == texts and texts[0] != texts[1]
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert command(**begin if where == "make_optimizers" else dict(resume=out)) == 0
+    assert logged(out) == logged(finished) and handlers() == before and str(out) not in run_folder.LOCKS

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from test_models import small
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -51,9 +52,8 @@ def test_parts_are_whole_and_a_prompt_is_a_chat(tmp_path, capsys, template, rows
 def test_sapo_trains_it(tmp_path, monkeypatch):
     build(tmp_path)
     monkeypatch.setattr(train_small.Rollout, "outcome", lambda roll: (roll.ids[:, 0] % 2).float())
-    history, _ = train_small.learn(train_small.prepare(train_small.Config(
-        iterations=2, responses=8, mini_batches=2, critic_warmup=0, max_tokens=10, lr=1e-3, eval_problems=4,
-        device="cpu", model=str(tmp_path / "vlm"), out=str(tmp_path / "run"))))
+    config = small(tmp_path / "vlm", out=str(tmp_path / "run"), responses=8)
+    history, _ = train_small.learn(train_small.prepare(config))
     assert history[1]["first_ratio_deviation"] < 1e-4 and history[2]["kl_to_start"] != 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from test_train_small import small
 
 import toy_env
 import train_small
@@ -58,8 +59,8 @@ def brief(monkeypatch):
 
 def loaded(folder):
     """The policy and the processor of a model, and its card."""
-    config = train_small.complete(train_small.Config(algo="grpo", model=str(folder), device="cpu"))
-    return *train_small.load(config)[:2], (folder / "README.md").read_text(encoding="utf-8")
+    policy, processor, *_ = train_small.load(small(folder, algo="grpo"))
+    return policy, processor, (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_make_writes_a_model_that_loads_and_its_card(tmp_path, monkeypatch, brief):
@@ -80,8 +81,8 @@ def test_make_writes_a_model_that_loads_and_its_card(tmp_path, monkeypatch, brie
 
 def test_a_model_that_goes_on_learns_new_words(tmp_path, monkeypatch, brief):
     monkeypatch.setattr(make, "pretrain_vision", None)  # it sees already
-    small = brief(make.make_processor().tokenizer)
-    small.save_pretrained(tmp_path / "base")
+    base = brief(make.make_processor().tokenizer)
+    base.save_pretrained(tmp_path / "base")
     drawn, draw = [], make.draw
     keep = lambda *args, **teacher: drawn.append(teacher) or draw(*args, **teacher)
     monkeypatch.setattr(make, "draw", keep)
@@ -89,7 +90,7 @@ def test_a_model_that_goes_on_learns_new_words(tmp_path, monkeypatch, brief):
     make.main(f"--base {tmp_path / 'base'} --out {tmp_path / 'more'} {options}".split())
     assert all(teacher == dict(openings=["none", "many"], guess=0.5) for teacher in drawn) and len(drawn) > 2
     policy, processor, card = loaded(tmp_path / "more")
-    old, new = (m.get_input_embeddings().weight for m in (small, policy))
+    old, new = (m.get_input_embeddings().weight for m in (base, policy))
     more = len(processor.tokenizer) - len(old)
     assert more == 16 and len(new) == len(old) + more == len(policy.lm_head.weight)
     assert torch.allclose(new[: len(old)], old, atol=1e-6)  # an id means what it meant

@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from fractions import Fraction
+from operator import add, mul, sub
 
 import datasets
 import pytest
@@ -24,10 +25,8 @@ LEVELS = [
     dict(operands=8, operators="×", low=0, high=99), dict(operators="-", low=0, high=99),
 ]
 LINE = re.compile(r"(-?\d+) ([-+×]) [a-z]+ (\d+) = (-?\d+)")
-
-
-def compute(a, operator, b):
-    return a + b if operator == "+" else a - b if operator == "-" else a * b
+COMPUTE = {"+": add, "-": sub, "×": mul}
+USUAL = {colour: i % 9 + 1 for i, colour in enumerate(toy_env.COLOURS)}  # what a colour's number is by prior
 
 
 def chain(problem):
@@ -36,7 +35,7 @@ def chain(problem):
     first, *rest = problem.question.split(" = ?")[0].split(" ")
     left, lines = number[first], []
     for operator, colour in zip(rest[::2], rest[1::2]):
-        result = compute(left, operator, number[colour])
+        result = COMPUTE[operator](left, number[colour])
         lines.append(f"{left} {operator} {colour} {number[colour]} = {result}")
         left = result
     return [f"{first} {lines[0]}", *lines[1:]], left
@@ -94,10 +93,9 @@ def test_difficulty_holds_and_the_answer_is_right(level):
 
 
 def test_prior_makes_the_question_tell_the_answer(blank):
-    usual = {c: i % 9 + 1 for i, c in enumerate(toy_env.COLOURS)}
     for prior in (0.0, 0.6, 1.0):
         problems = toy_env.make_problems(600, prior=prior)
-        told = sum(all(c.number == usual[c.colour] for c in p.cells) for p in problems)
+        told = sum(all(c.number == USUAL[c.colour] for c in p.cells) for p in problems)
         assert abs(told / 600 - prior) <= 0.06 * (prior == 0.6)  # three standard errors
 
 
@@ -138,8 +136,6 @@ PROBLEM = toy_env.Problem(None, "red + blue - green = ?", "30", tuple(toy_env.Ce
                           tuple(toy_env.Step(*s) for s in STEPS))
 READ, A, B = "red 27, white 4, blue 5, green 2", "red 27 + blue 5 = 32", "32 - green 2 = 30"
 GOOD = f"<perception> {READ} </perception> <think> {A}\n{B} </think> <answer> 30 </answer>"
-
-
 RIGHT = ["30", " 30 ", "\n\t30\u00a0\n"]
 WRONG = ["", " ", "+30", "030", "30.0", "-30", "3 0", "30 31", "30\n31", "٣٠", "３０", "3⁰", "30\u200b", "30\0",
          "0x1e", "3e1", "9" * 9999, "thirty", "None", "30 </answer> <answer> 31", "31 </answer> <answer> 30",
@@ -147,12 +143,8 @@ WRONG = ["", " ", "+30", "030", "30.0", "-30", "3 0", "30 31", "30\n31", "٣٠",
          "<perception> </perception> <think> </think> <answer> 30"]
 
 
-@pytest.mark.parametrize("answer", RIGHT + WRONG)
-def test_reward_reads_one_answer_to_the_character(answer):
-    assert toy_env.reward(PROBLEM, GOOD.replace("> 30 <", f">{answer}<")) == (answer in RIGHT)
-
-
 @pytest.mark.parametrize("old, new, expected", [
+    *(("> 30 <", f">{answer}<", answer in RIGHT) for answer in RIGHT + WRONG),
     (READ, "anything", 1), (A, "", 1), ("</perception> <", "</perception>\n\n<", 1), (GOOD, "30", 0),
     ("answer>", "ANSWER>", 0), ("<answer>", "< answer>", 0), ("</answer>", "", 0), ("<think>", "", 0),
     ("</answer>", "</answer> 30", 0), ("<perception>", "I see <perception>", 0), ("<answer>", "<Answer>", 0),
@@ -160,7 +152,7 @@ def test_reward_reads_one_answer_to_the_character(answer):
     ("<perception>", "<think>", 0), ("</think>", "</think> so", 0), (GOOD, "", 0), (GOOD, GOOD * 2, 0),
     (GOOD, "<answer> 30 </answer> <think> </think> <perception> </perception>", 0),
 ])
-def test_reward_needs_the_format(old, new, expected):
+def test_reward_reads_one_answer_to_the_character_and_needs_the_format(old, new, expected):
     assert old in GOOD and toy_env.reward(PROBLEM, GOOD.replace(old, new)) == expected
 
 
@@ -228,8 +220,11 @@ def slipped(row):
     return kinds.split(), marked.replace("¶", "\n")
 
 
+SAY = ["i see", "there is", "here is", "we have", "so", "now", "then", "next we get"]
+
+
 @pytest.mark.parametrize("row", SLIPS[1:-1].split("\n"))
-def test_each_slip_is_one_false_statement(row):
+def test_each_slip_is_one_false_statement_and_an_opening_changes_no_judgement(row):
     kinds, marked = slipped(row)
     spans = [(m.start() - 2 * i, m.end() - 2 * i - 2) for i, m in enumerate(re.finditer("«[^»]*»", marked))]
     response = re.sub("[«»]", "", marked)
@@ -239,31 +234,23 @@ def test_each_slip_is_one_false_statement(row):
     assert toy_env.first_error(PROBLEM, response) == next(iter(false), None)
     assert toy_env.faithful(PROBLEM, response) == (not spans)
 
+    judge = lambda problem, text: [(s.kind, text[s.start : s.end], s.true, s.consequential)
+                                   for s in toy_env.statements(problem, text)]
+    for kind in ("few", "many"):  # what stands between separators has an opening
+        rng, wordy = random.Random(0), response
+        for block, separator in (("think", "\n"), ("perception", ","))[: 1 + (kind == "many")]:
+            gap = rf"(^|{separator})(\s*)(?=[^\s{separator}])"
+            inside = lambda m: re.sub(gap, lambda x: x[0] + rng.choice(SAY) + " ", m[0])
+            wordy = re.sub(f"(?<=<{block}>).+(?=</{block}>)", inside, wordy, flags=re.DOTALL)
+        assert judge(dataclasses.replace(PROBLEM, openings=kind), wordy) == judge(PROBLEM, response)
+        empty = kind == "few" and re.search("<think>\\s*</think>", response)
+        assert wordy != response or empty or "«»" in row
+
 
 def test_statements_of_a_faultless_response():
     said = [(s.kind, GOOD[s.start : s.end]) for s in toy_env.statements(PROBLEM, GOOD) if s.true]
     lines = [("operand", A[:-5]), ("result", "32"), ("operand", B[:-5]), ("result", "30")]
     assert said == [("reading", text) for text in READ.split(", ")] + lines + [("answer", "30")]
-
-
-SAY = ["i see", "there is", "here is", "we have", "so", "now", "then", "next we get"]
-
-
-@pytest.mark.parametrize("kind", ["few", "many"])
-@pytest.mark.parametrize("row", SLIPS[1:-1].split("\n"))
-def test_an_opening_changes_no_judgement(row, kind):
-    """The rows of SLIPS: what stands between separators has an opening, and what was false still is."""
-    rng, said = random.Random(0), re.sub("[«»]", "", slipped(row)[1])
-    wordy = said
-    for block, separator in (("think", "\n"), ("perception", ","))[: 1 + (kind == "many")]:
-        gap = rf"(^|{separator})(\s*)(?=[^\s{separator}])"
-        inside = lambda m: re.sub(gap, lambda x: x[0] + rng.choice(SAY) + " ", m[0])
-        wordy = re.sub(f"(?<=<{block}>).+(?=</{block}>)", inside, wordy, flags=re.DOTALL)
-    asking = dataclasses.replace(PROBLEM, openings=kind)
-    plain, judged = toy_env.statements(PROBLEM, said), toy_env.statements(asking, wordy)
-    assert [(s.kind, wordy[s.start : s.end], s.true, s.consequential) for s in judged] == [
-        (s.kind, said[s.start : s.end], s.true, s.consequential) for s in plain]
-    assert wordy != said or kind == "few" and re.search("<think>\\s*</think>", said) or "«»" in row
 
 
 @pytest.mark.parametrize("kind, old, new, false", [
@@ -383,7 +370,7 @@ def test_teacher_slips_at_the_nominal_rates_and_is_consistent():
             wrong += [m.span()] if m[2] != number else []
         for m in LINE.finditer(response):
             a, operator, b, result = int(m[1]), m[2], int(m[3]), int(m[4])
-            truth, forgetful = compute(a, operator, b), without_carry(a, operator, b)
+            truth, forgetful = COMPUTE[operator](a, b), without_carry(a, operator, b)
             name = "slip" if forgetful == truth else "carry"
             happened[name].append(result != truth if name == "slip" else result == forgetful)
             assert result == forgetful or abs(result - truth) in (0, 1, 2, 10) and (result >= 0 or truth < 0)
@@ -404,12 +391,12 @@ def test_teacher_slips_at_the_nominal_rates_and_is_consistent():
 
 
 def test_a_teacher_that_guesses_says_the_usual_number():
-    usual, rng, guessed = {c: i % 9 + 1 for i, c in enumerate(toy_env.COLOURS)}, random.Random(0), []
+    rng, guessed = random.Random(0), []
     for p in toy_env.make_problems(200, operands=5):
         said = re.findall(r"([a-z]+) (\d+)", demonstration(p, rng, guess=0.6).split("</")[0])
         for cell, (colour, number) in zip(p.cells, said, strict=True):
-            assert colour == cell.colour and int(number) in (cell.number, usual[colour])
-            guessed += [int(number) == usual[colour]] if cell.number != usual[colour] else []
+            assert colour == cell.colour and int(number) in (cell.number, USUAL[colour])
+            guessed += [int(number) == USUAL[colour]] if cell.number != USUAL[colour] else []
     assert abs(sum(guessed) / len(guessed) - 0.6) < 0.06
 
 
