@@ -277,9 +277,9 @@ def table(name: str, rows: list[dict]) -> str:
         lines = {" − ".join(pair): [minus(pair, column) for column in its.shown] for pair in its.pairs}
         return markdown(said, words, lines, "difference in")
     lines = {}
-    for label in its.rows or its.runs:
-        mine = by_label.get(label, [])
-        fewer = f" ({len(mine)} seeds)" if len(mine) < seeds else ""
+    for label in (label for label in its.rows or its.runs if label in by_label):
+        mine = by_label[label]
+        fewer = f" ({len(mine)} seed{'s' * (len(mine) > 1)})" if len(mine) < seeds else ""
         cells = lines[label + fewer] = [level([value_in(row, c) for row in mine], c) for c in its.shown]
         if its.pairs:
             pair = (label, second) if firsts < seconds else (first, label)
