@@ -260,8 +260,8 @@ def show(folder: str) -> None:
     pieces = roll.pieces[i]
     rows = {name: advantages[name][i, : len(pieces)].cpu() for name in ("grpo", "srpo", "ppo", "sapo")}
     figure = draw_slip(pieces, toy_env.tokens_of(slip, pieces), rows, ends["entropy"][i].tolist())
-    figure.suptitle(f"{roll.problems[i].question} Who is blamed for the slip (boxed)?\nRed: advantage below 0, "
-                    "blue: above, each method on a scale of its own. Lines: SAPO's segments", fontsize=10)
+    figure.suptitle(f"{roll.problems[i].question} Who is blamed for the slip (boxed)?\nRed: advantage below "
+                    "0, blue: above, each method on a scale of its own. Lines: SAPO's segments", fontsize=10)
     figure.savefig(study.HERE / "credit.png", dpi=110)
 
 
@@ -281,7 +281,8 @@ def draw_slip(pieces: list, slip: list, rows: dict, ends: list) -> Figure:
     shown = [piece.strip(" ").replace("\n", "↵") for piece in pieces]
     half = len(shown) // 2
     widths = [len(piece) + 0.8 for piece in shown]
-    lefts = [*itertools.accumulate([0.0, *widths[: half - 1]]), *itertools.accumulate([0.0, *widths[half:-1]])]
+    lefts = [x for line in (widths[:half], widths[half:])
+             for x in itertools.accumulate(line[:-1], initial=0.0)]
     figure = Figure(figsize=(9, 1.0 * len(rows) + 0.6), layout="constrained")
     for axis, (name, advantages) in zip(figure.subplots(len(rows), 1), rows.items()):
         levels = (advantages / advantages.abs().max()).tolist()

@@ -88,7 +88,8 @@ def plot(folder: Path) -> None:
     for axis, panel in zip(figure.subplots(2, 3).flat, panels):
         for name in panel:
             points = [(r["responses"], r[name]) for r in history if r.get(name) is not None]
-            axis.plot(*zip(*points), "o" if name.startswith("accuracy") else "-", label=name.replace("_", " "))
+            style = "o" if name.startswith("accuracy") else "-"
+            axis.plot(*zip(*points), style, label=name.replace("_", " "))
         if warmup:
             axis.axvspan(0, warmup, color="black", alpha=0.06,
                          label="critic's warm-up" if panel is panels[0] else None)

@@ -1,4 +1,4 @@
-"""What is to be learned: problems and a reward. The toy world's; your own are made in examples/own_data.py."""
+"""What is to be learned: problems and a reward. The toy world's; your own: examples/own_data.py."""
 
 import itertools
 import math

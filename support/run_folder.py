@@ -233,7 +233,8 @@ def warn(history: list[dict], config, said: set[str]) -> None:
     if 0 < config.patience < len(history) and rewards in ({0}, {1}):
         raise NothingToLearn(
             f"all rewards of {config.patience} iterations were {rewards.pop():g}: warm-start the model "
-            "(python -m examples.warm_start), raise --max-tokens, or take another reward; --patience 0 goes on")
+            "(python -m examples.warm_start), raise --max-tokens, or take another reward; --patience 0 "
+            "goes on")
 
 
 def complaints(history: list[dict], warmup: int) -> Iterator[str]:

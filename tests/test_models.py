@@ -337,7 +337,8 @@ def test_templates_that_refuse_a_system_turn_or_open_a_tag(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind, settings, said", [
     ("GitForCausalLM", dict(hidden_size=36, num_hidden_layers=1), "a class with .model, for the critic"),
-    ("Blip2ForConditionalGeneration", dict(text_config=LLAMA), "a class that takes logits_to_keep, not Bl"),
+    ("Blip2ForConditionalGeneration", dict(text_config=LLAMA, qformer_config=dict(num_hidden_layers=1)),
+     "a class that takes logits_to_keep, not Bl"),
     ("no end", {}, "an end-of-sequence id")])
 def test_a_model_that_cannot_be_sampled_or_scored_is_one_line(kind, settings, said, mini, tmp_path):
     folder = shutil.copytree(mini, tmp_path / "model")

@@ -18,7 +18,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import train_small
 from examples import real_vlm
-from support import models
+from support import curves, models
 from support.inputs import encode
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -80,6 +80,7 @@ def test_trains_saves_and_goes_on(folder, tmp_path, monkeypatch, command, coin, 
         inputs, same = (encode(x, real_vlm.INSTRUCTION, *two, "cpu") for x in both)
         assert torch.equal(model(**same).logits, policy(**inputs).logits)
 
+    monkeypatch.setattr(curves, "plot", print)  # it takes a second
     run = real_vlm.begin(replace(config, out=str(parts)))
     learn(run, stop=(parts / "checkpoint-00001.pt").exists)
     assert logged(parts) == whole[:2] and texts[0] != texts[1]

@@ -17,7 +17,7 @@ import sapo
 import test_sapo
 import toy_env
 import train_small
-from results import bench, credit, guards, pictures, studies, study
+from results import appendix, bench, credit, guards, pictures, studies, study
 from test_page import PROBLEM, TEXTS
 from tiny_vlm import make
 
@@ -227,6 +227,19 @@ def test_pictures_show_each_run_and_what_collapsed(monkeypatch, no_training):
                          for row in run["history"])
     assert [*reward.get_ydata()] == pytest.approx([statistics.fmean(means[x]) for x in sorted(means)])
     assert reward.get_color() == pictures.COLOURS["sapo"]
+
+
+def test_jumps_at_uncertain_tokens_are_those_of_a_loop():
+    g = torch.Generator().manual_seed(0)
+    mask = torch.arange(9) < torch.tensor([[9], [5], [7]])
+    entropy, values = torch.rand(2, 3, 9, generator=g)
+    inner = [(b, t) for b, t in mask.nonzero().tolist() if t + 1 < 9 and mask[b, t + 1]]
+    jump = {at: abs(float(values[at] - values[at[0], at[1] + 1])) for at in inner}
+    high = sorted(inner, key=lambda at: float(entropy[at]))[-9:]  # of 18, half
+    expected = statistics.fmean(jump[at] for at in high) / statistics.fmean(jump.values())
+    assert appendix.jumps(entropy, values, mask, 0.5) == pytest.approx(expected, rel=1e-5)
+    parts = appendix.is_high(entropy, mask, 0.5)
+    assert int(parts.sum()) == 10 and entropy[parts].min() > entropy[mask & ~parts].max()  # of 21
 
 
 def test_guards_bound_what_they_say():

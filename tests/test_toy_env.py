@@ -236,7 +236,7 @@ def test_each_slip_is_one_false_statement_and_an_opening_changes_no_judgement(ro
 
     judge = lambda problem, text: [(s.kind, text[s.start : s.end], s.true, s.consequential)
                                    for s in toy_env.statements(problem, text)]
-    for kind in ("few", "many"):  # what stands between separators has an opening
+    for kind in ("few", "many"):  # what stands between separators has an opening; what was false still is
         rng, wordy = random.Random(0), response
         for block, separator in (("think", "\n"), ("perception", ","))[: 1 + (kind == "many")]:
             gap = rf"(^|{separator})(\s*)(?=[^\s{separator}])"
