@@ -6,6 +6,7 @@ quantile q of entropy, over the norm of the whole. Iterations 5 (the base model)
 """
 
 import sys
+import tempfile
 
 import torch
 
@@ -56,7 +57,7 @@ def measure(algo: str, seed: int) -> list[dict]:
                              gradient=round(gradient_share(policy, roll, scored, credit, q), 4))
                         for q in QUANTILES)
 
-    with study.tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out:
         train_small.learn(train_small.prepare(train_small.Config(**options, out=out, patience=0)), watch)
     return rows
 

@@ -223,5 +223,6 @@ STUDIES = {
         pairs=(*((label, "token, 0.2") for label in CLIPS if label != "token, 0.2"),
                ("segment, 0.2", "token, wide"), ("ppo, wide", "ppo, 0.2"), ("segment, 0.2", "ppo, wide")),
         shown=("early_reward", "accuracy_sampled", "kl_step", "free_log_ratio", "collapsed"),
-        rows=tuple(CLIPS)),
+        rows=("segment, 0.2", "token, 0.2", "segment, 0.06", "token, wide", "ppo, 0.2", "ppo, wide",
+              "segment, by length", "segment, dual clip")),
 }

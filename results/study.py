@@ -90,7 +90,8 @@ def pack() -> None:
         file = HERE / "runs" / f"{kind}.jsonl.gz"
         lines = gzip.decompress(file.read_bytes()).decode().splitlines() if file.exists() else []
         lines = sorted({*lines, *(f"{path.name}\t{path.read_text(encoding='utf-8')}" for path in paths)})
-        file.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+        file.with_suffix(".tmp").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+        file.with_suffix(".tmp").replace(file)  # a run is never in neither place
         for path in paths:
             path.unlink()
     archive.cache_clear()
