@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from results import forest, study
-from results.studies import CLIPS, QUANTILES, STUDIES
+from results.studies import CLIP_WORLDS, CLIPS, QUANTILES, STUDIES
 from results.study import COLLAPSED, HERE, interval, paired, runs_of
 from support.run_folder import expect, one_line
 
@@ -232,24 +232,22 @@ def off_policy() -> Figure:
 
 @picture
 def clip() -> Figure:
-    """Speed over the largest step: each run a mark; those that collapse are crosses."""
-    runs, (figure, (axis,)) = runs_of("clip", workers=0), sheet(1, 9, 4.2)
-    marks = dict(zip(CLIPS, "osDv^<>phd"))
-    for label, its in runs.items():
-        clip_of, words = label.removesuffix(", filler words"), label.endswith("filler words")
-        if words or not its:
-            continue
-        colour = COLOURS["ppo" if clip_of.startswith("ppo") else "sapo" if "segment" in clip_of else "grpo"]
-        lost = [run for run in its if run["row"]["accuracy_sampled"] < COLLAPSED]
-        well = [run for run in its if run not in lost]
-        at = lambda its: ([study.value_of(run, "kl_step") for run in its],
-                          [study.value_of(run, "early_reward") for run in its])
-        axis.plot(*at(well), marks[clip_of], color=colour, alpha=0.6, markersize=6, label=name_of(clip_of),
-                  markerfacecolor="none" if "wide" in clip_of or "0.06" in clip_of else colour)
-        axis.plot(*at(lost), "X", color="black", markersize=10)
-    axis.set(xscale="log", xlabel="largest step of the run: KL(old ‖ new) in an iteration, nats a token "
-             "(black cross: collapsed)", ylabel="reward of responses 1,537–2,048")
-    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    """Of each clip, speed and where its runs end: a dot a run, a cross one that collapsed."""
+    runs, (figure, panels) = runs_of("clip", workers=0), sheet(3, 12, 3.6)
+    labels = [label for label in CLIPS if any(label + world in runs for world in CLIP_WORLDS)]
+    for axis, (world, column, words) in zip(panels, (
+            ("", "early_reward", "speed: reward of responses 1,537–2,048"),
+            (", filler words", "accuracy_sampled", "accuracy at the end, with filler words"),
+            (", twice the rate", "accuracy_sampled", "accuracy at the end, at twice the rate"))):
+        for y, label in enumerate(labels):
+            colour = COLOURS["ppo" if label.startswith("ppo") else "sapo" if "segment" in label else "grpo"]
+            for run in runs.get(label + world, []):
+                look = dict(marker="o", color=colour, alpha=0.6)
+                if run["row"]["accuracy_sampled"] < COLLAPSED:
+                    look = dict(marker="X", color="black", markersize=8)
+                axis.plot(study.value_of(run, column), y, **look)
+        axis.set_yticks(range(len(labels)), [*map(name_of, labels)] if axis is panels[0] else [])
+        axis.set(xlabel=words, ylim=(len(labels) - 0.5, -0.5))
     return figure
 
 

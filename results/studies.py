@@ -65,15 +65,18 @@ VARIANTS = {  # of SRPO; those that were removed from srpo.py are in *-removed.c
     **{f"blind, {bound}, sign-aware": dict(its, sign_aware=True) for bound, its in BOUNDS.items()}}
 
 WIDE = dict(clip_low=0.45, clip_high=0.8)  # of a token: 0.8^3.3 and 1.2^3.3, as 3.3 tokens have one ratio
-CLIPS = {  # off-policy: label → algorithm, clip, and what decides about the ratio
-    "segment, 0.2": ("sapo", {}, SEGMENT), "token, 0.2": ("sapo", {}, dict(ratio="token")),
+CLIPS = {  # off-policy, narrow ones first: label → algorithm, clip, and what decides about the ratio
+    "token, 0.2": ("sapo", {}, dict(ratio="token")),
     "segment, 0.06": ("sapo", dict(clip_low=0.06, clip_high=0.06), SEGMENT),
-    "token, wide": ("sapo", WIDE, dict(ratio="token")),
-    "ppo, 0.2": ("ppo", {}, {}), "ppo, wide": ("ppo", WIDE, {}),
     "segment, by length": ("sapo", {}, SEGMENT | dict(guard="length")),
+    "ppo, 0.2": ("ppo", {}, {}),
+    "segment, 0.2": ("sapo", {}, SEGMENT),
     "segment, dual clip": ("sapo", {}, SEGMENT | dict(guard="dual")),
+    "segment, whitened within 5": ("sapo", {}, SEGMENT | dict(guard="within 5", whiten=True)),
     "segment, 0.2 and 0.28": ("sapo", dict(clip_high=0.28), SEGMENT),
-    "segment, whitened within 5": ("sapo", {}, SEGMENT | dict(guard="within 5", whiten=True))}
+    "token, wide": ("sapo", WIDE, dict(ratio="token")),
+    "ppo, wide": ("ppo", WIDE, {})}
+CLIP_WORLDS = {"": {}, ", filler words": FILLER, ", twice the rate": dict(lr=3.2e-4)}
 
 
 class Study(NamedTuple):
@@ -216,13 +219,11 @@ STUDIES = {
         pairs=tuple((f"sapo, {x}", f"ppo, {x}") for x in ("plain", "with words at half the rate")),
         only_pairs=True),
     "clip": Study("Off-policy: which trust region is fast, and which collapses?", {
-        f"{label}{world}": setting(algo, **OFF_POLICY, **words, **clip) | more
-        for world, words in (("", {}), (", filler words", FILLER))
+        f"{label}{world}": setting(algo, **OFF_POLICY, **its, **clip) | more
+        for world, its in CLIP_WORLDS.items()
         for label, (algo, clip, more) in CLIPS.items()},
         seeds=range(10), columns=(*ACCURACY, "responses_to_80", "early_reward", "kl_step", "free_log_ratio"),
         pairs=(*((label, "token, 0.2") for label in CLIPS if label != "token, 0.2"),
                ("segment, 0.2", "token, wide"), ("ppo, wide", "ppo, 0.2"), ("segment, 0.2", "ppo, wide")),
-        shown=("early_reward", "accuracy_sampled", "kl_step", "free_log_ratio", "collapsed"),
-        rows=("segment, 0.2", "token, 0.2", "segment, 0.06", "token, wide", "ppo, 0.2", "ppo, wide",
-              "segment, by length", "segment, dual clip")),
+        shown=("early_reward", "accuracy_sampled", "kl_step", "free_log_ratio", "collapsed")),
 }

@@ -222,6 +222,12 @@ def test_pictures_show_each_run_and_what_collapsed(monkeypatch, no_training):
         assert bar.get_xdata()[0] == pytest.approx(statistics.fmean(dots.get_xdata()))
     axis = pictures.PICTURES["off_policy"]().axes[0]
     assert sum(len(x.get_xdata()) for x in axis.lines if x.get_marker() == "X") == 2  # of 45 runs
+    clips, axes = study.runs_of("clip", workers=0), pictures.PICTURES["clip"]().axes
+    for (world, column), axis in zip((("", "early_reward"), (", filler words", "accuracy_sampled"),
+                                      (", twice the rate", "accuracy_sampled")), axes):
+        its = [run for label in studies.CLIPS for run in clips.get(label + world, [])]
+        shown = [(x.get_xdata()[0], x.get_marker() == "X") for x in axis.lines]
+        assert shown == [(study.value_of(run, column), run["row"]["accuracy_sampled"] < 0.05) for run in its]
     reward = pictures.PICTURES["table1"]().axes[0].lines[0]
     means = study.gather((row["responses"], row.get("reward")) for run in study.runs_of("table1", 0)["sapo"]
                          for row in run["history"])
