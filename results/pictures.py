@@ -22,6 +22,8 @@ COLOURS = {"sapo": "#0072B2", "ppo": "#D55E00", "vc-ppo": "#CC79A7", "grpo": "#5
 NAMES = {"sapo": "SAPO", "ppo": "PPO", "vc-ppo": "VC-PPO", "grpo": "GRPO", "srpo": "SRPO", "gspo": "GSPO"}
 AXES = {"accuracy_sampled": "accuracy at T = 1", "faithful_sampled": "faithful: right, no false statement",
         "reward": "reward", "value_loss": "value loss", "entropy": "entropy, nats a token"}
+CLIP_PANELS = (("", "early_reward"), (", twice the rate", "early_reward"),  # world, and what of it
+               (", twice the rate", "largest_fall"), (", filler words", "largest_fall"))
 PICTURES = {}  # name → what draws it
 
 
@@ -232,13 +234,11 @@ def off_policy() -> Figure:
 
 @picture
 def clip() -> Figure:
-    """Of each clip, speed and where its runs end: a dot a run, a cross one that collapsed."""
-    runs, (figure, panels) = runs_of("clip", workers=0), sheet(3, 12, 3.6)
+    """Of each clip, how fast its runs learn and how far their reward falls: a dot a run, a cross one that
+    collapsed."""
+    runs, (figure, panels) = runs_of("clip", workers=0), sheet(4, 13, 3.6)
     labels = [label for label in CLIPS if any(label + world in runs for world in CLIP_WORLDS)]
-    for axis, (world, column, words) in zip(panels, (
-            ("", "early_reward", "speed: reward of responses 1,537–2,048"),
-            (", filler words", "accuracy_sampled", "accuracy at the end, with filler words"),
-            (", twice the rate", "accuracy_sampled", "accuracy at the end, at twice the rate"))):
+    for axis, (world, column) in zip(panels, CLIP_PANELS):
         for y, label in enumerate(labels):
             colour = COLOURS["ppo" if label.startswith("ppo") else "sapo" if "segment" in label else "grpo"]
             for run in runs.get(label + world, []):
@@ -246,8 +246,10 @@ def clip() -> Figure:
                 if run["row"]["accuracy_sampled"] < COLLAPSED:
                     look = dict(marker="X", color="black", markersize=8)
                 axis.plot(study.value_of(run, column), y, **look)
+        axis.axhline(labels.index("segment, 0.2") - 0.5, color="black", linewidth=0.8)  # above it: narrow
         axis.set_yticks(range(len(labels)), [*map(name_of, labels)] if axis is panels[0] else [])
-        axis.set(xlabel=words, ylim=(len(labels) - 0.5, -0.5))
+        axis.set(xlabel=column.replace("_", " "), title=(world or ", the rate of Table 1")[2:],
+                 ylim=(len(labels) - 0.5, -0.5))
     return figure
 
 

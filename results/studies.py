@@ -222,8 +222,9 @@ STUDIES = {
         f"{label}{world}": setting(algo, **OFF_POLICY, **its, **clip) | more
         for world, its in CLIP_WORLDS.items()
         for label, (algo, clip, more) in CLIPS.items()},
-        seeds=range(10), columns=(*ACCURACY, "responses_to_80", "early_reward", "kl_step", "free_log_ratio"),
+        seeds=range(10),
+        columns=(*ACCURACY, "responses_to_80", "early_reward", "largest_fall", "kl_step", "free_log_ratio"),
         pairs=(*((label, "token, 0.2") for label in CLIPS if label != "token, 0.2"),
                ("segment, 0.2", "token, wide"), ("ppo, wide", "ppo, 0.2"), ("segment, 0.2", "ppo, wide")),
-        shown=("early_reward", "accuracy_sampled", "kl_step", "free_log_ratio", "collapsed")),
+        shown=("early_reward", "largest_fall", "accuracy_sampled", "kl_step", "collapsed")),
 }

@@ -14,6 +14,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import random
@@ -235,12 +236,15 @@ def rows_of(name: str, runs: dict) -> list[dict]:
 
 
 def value_of(run: dict, column: str):
-    """A number of a run. Of its history: a lift is the mean, a step the largest, and `early_reward` the mean
-    reward of the fourth iteration."""
+    """A number of a run. Of its history: a lift is the mean, a step the largest, `early_reward` the reward of
+    the fourth iteration, `largest_fall` how far the reward was at most below the highest before it."""
     if column.startswith("lift"):
         return round(mean_of(run["history"], column), 4)
     if column in ("kl_step", "free_log_ratio"):
         return max((row[column] for row in run["history"] if row.get(column) is not None), default=None)
+    if column == "largest_fall":
+        rewards = [*(row["reward"] for row in run["history"][1:]), run["row"]["accuracy_sampled"]]
+        return round(max(high - x for high, x in zip(itertools.accumulate(rewards, max), rewards)), 4)
     return run["history"][4]["reward"] if column == "early_reward" else run["row"].get(column)
 
 

@@ -212,6 +212,13 @@ def test_a_critic_is_summed_up_while_there_is_something_to_explain():
     assert row["lucky"] == pytest.approx(0.1) and row["responses_to_80"] is None
 
 
+def test_the_largest_fall_is_that_of_all_pairs():
+    for seen in itertools.permutations((0.1, 0.4, 0.7, 0.9)):
+        run = dict(history=[{}, *(dict(reward=x) for x in seen[:-1])], row=dict(accuracy_sampled=seen[-1]))
+        slow = max(x - later for i, x in enumerate(seen) for later in seen[i:])
+        assert study.value_of(run, "largest_fall") == pytest.approx(slow)
+
+
 def test_pictures_show_each_run_and_what_collapsed(monkeypatch, no_training):
     by_label = study.runs_of("table3", workers=0)
     figure = pictures.PICTURES["table3"]()
@@ -223,10 +230,10 @@ def test_pictures_show_each_run_and_what_collapsed(monkeypatch, no_training):
     axis = pictures.PICTURES["off_policy"]().axes[0]
     assert sum(len(x.get_xdata()) for x in axis.lines if x.get_marker() == "X") == 2  # of 45 runs
     clips, axes = study.runs_of("clip", workers=0), pictures.PICTURES["clip"]().axes
-    for (world, column), axis in zip((("", "early_reward"), (", filler words", "accuracy_sampled"),
-                                      (", twice the rate", "accuracy_sampled")), axes):
+    assert len(axes) == len(pictures.CLIP_PANELS)
+    for (world, column), axis in zip(pictures.CLIP_PANELS, axes):
         its = [run for label in studies.CLIPS for run in clips.get(label + world, [])]
-        shown = [(x.get_xdata()[0], x.get_marker() == "X") for x in axis.lines]
+        shown = [(x.get_xdata()[0], x.get_marker() == "X") for x in axis.lines if len(x.get_xdata()) == 1]
         assert shown == [(study.value_of(run, column), run["row"]["accuracy_sampled"] < 0.05) for run in its]
     reward = pictures.PICTURES["table1"]().axes[0].lines[0]
     means = study.gather((row["responses"], row.get("reward")) for run in study.runs_of("table1", 0)["sapo"]
