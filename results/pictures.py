@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from results import forest, study
-from results.studies import CLIP_WORLDS, CLIPS, QUANTILES, STUDIES
+from results.studies import CLIPS, QUANTILES, STUDIES
 from results.study import COLLAPSED, HERE, interval, paired, runs_of
 from support.run_folder import expect, one_line
 
@@ -237,7 +237,7 @@ def clip() -> Figure:
     """Of each clip, how fast its runs learn and how far their reward falls: a dot a run, a cross one that
     collapsed."""
     runs, (figure, panels) = runs_of("clip", workers=0), sheet(4, 13, 3.6)
-    labels = [label for label in CLIPS if any(label + world in runs for world in CLIP_WORLDS)]
+    labels = [*CLIPS]
     for axis, (world, column) in zip(panels, CLIP_PANELS):
         for y, label in enumerate(labels):
             colour = COLOURS["ppo" if label.startswith("ppo") else "sapo" if "segment" in label else "grpo"]

@@ -41,7 +41,7 @@ PAGES = "README.md", "SRPO.md", "METHOD.md"
 WORDS = {  # columns, in a table
     "accuracy_sampled": "accuracy", "accuracy_paper": "at T = 0.6", "faithful_sampled": "faithful",
     "responses_to_80": "responses to 80 %", "perception_sampled": "cells read right",
-    "kl_step": "largest step", "free_log_ratio": "largest unseen move"}
+    "kl_step": "largest step"}
 COLLAPSED = 0.05  # accuracy of a run that ends below it
 UNCERTAIN = 0.1  # nats: a token with more could have been another
 STUDENT = {4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 % of t, by seeds
@@ -237,7 +237,8 @@ def rows_of(name: str, runs: dict) -> list[dict]:
 
 def value_of(run: dict, column: str):
     """A number of a run. Of its history: a lift is the mean, a step the largest, `early_reward` the reward of
-    the fourth iteration, `largest_fall` how far the reward was at most below the highest before it."""
+    the fourth iteration, `largest_fall` how far the reward was at most below the highest before it; the
+    accuracy at the end, of the last policy, counts as the last reward."""
     if column.startswith("lift"):
         return round(mean_of(run["history"], column), 4)
     if column in ("kl_step", "free_log_ratio"):
